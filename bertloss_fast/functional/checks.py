@@ -1,0 +1,115 @@
+"""What public functions ask of their arguments: an error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from ..ops import dispatch
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean", "mean_positive")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_inputs(name: str, inputs: Tensor) -> None:
+    """Logits: a dense tensor of a floating dtype that has kernels."""
+    _check_tensor(name, inputs)
+    if inputs.dtype not in _FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(inputs.dtype)}")
+
+
+def check_targets(name: str, targets: Tensor, inputs_name: str, inputs: Tensor) -> None:
+    """Labels: of the inputs' shape and device; integers only 0 and 1, where a look at them is free."""
+    _check_tensor(name, targets)
+    if targets.is_complex():
+        raise TypeError(f"{name}: expected bool, an integer or a floating dtype, got {_short(targets.dtype)}")
+    if targets.shape != inputs.shape:
+        raise ValueError(f"{name}: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(targets.shape)}")
+    _check_device(name, targets, inputs_name, inputs)
+    if targets.is_floating_point():
+        if targets.dtype not in _FLOATING:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(targets.dtype)}")
+    elif targets.dtype != torch.bool and targets.numel() and dispatch.can_check_values(targets.device):
+        _check_binary(name, targets)
+
+
+def _check_binary(name: str, targets: Tensor) -> None:
+    # Unsigned types of 16 bits and more have no min and max; as signed ones, too large is negative.
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(targets.dtype)
+    values = targets if signed is None else targets.view(signed)
+    low, high = (value.item() for value in values.aminmax())
+    if low < 0 or high > 1:
+        wrong = ((values < 0) | (values > 1)).nonzero()[0].tolist()
+        raise ValueError(f"{name}: expected 0 or 1, got {targets[tuple(wrong)].item()} at {tuple(wrong)}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """A finite number in [low, high]."""
+    expected = f"a number >= {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not low <= value <= high or not math.isfinite(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return float(value)
+
+
+def check_vector(name: str, vector: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
+    """One value a label, or one for all."""
+    if vector is None:
+        return
+    _check_constant(name, vector, inputs_name, inputs)
+    num_labels = inputs.shape[-1] if inputs.dim() else 1
+    if vector.dim() > 1 or vector.numel() not in (1, num_labels):
+        raise ValueError(
+            f"{name}: expected shape ({num_labels},), one value a label of {inputs_name}, or a scalar, "
+            f"got {tuple(vector.shape)}"
+        )
+
+
+def check_weight(weight: Tensor | None, inputs_name: str, inputs: Tensor, *, broadcast: bool = False) -> None:
+    """A weight for each label or each element; torch's own functions also let it broadcast."""
+    if weight is None:
+        return
+    _check_constant("weight", weight, inputs_name, inputs)
+    shape, wanted = tuple(weight.shape), tuple(inputs.shape)
+    if broadcast:
+        tail = wanted[len(wanted) - len(shape) :] if len(shape) <= len(wanted) else None
+        if tail is None or any(got not in (1, want) for got, want in zip(shape, tail, strict=True)):
+            raise ValueError(f"weight: expected a shape that broadcasts to {wanted} of {inputs_name}, got {shape}")
+    elif shape not in (wanted[-1:], wanted):
+        raise ValueError(
+            f"weight: expected shape {wanted[-1:]}, one value a label, or {wanted} like {inputs_name}, got {shape}"
+        )
+
+
+def _check_constant(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
+    _check_tensor(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name}: expected a real dtype, got {_short(tensor.dtype)}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a tensor without gradient, since none flows to it; got requires_grad=True")
+    _check_device(name, tensor, inputs_name, inputs)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {_short(value.layout)}")
+
+
+def _check_device(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
+    if tensor.device != inputs.device:
+        raise ValueError(f"{name}: expected device '{inputs.device}' like {inputs_name}, got '{tensor.device}'")
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,5 @@
+"""The losses as modules."""
+
+from .sigmoid import BCEWithLogitsLoss, SigmoidFocalLoss
+
+__all__ = ["BCEWithLogitsLoss", "SigmoidFocalLoss"]

@@ -1,0 +1,82 @@
+"""Which code runs a call: the choice of backend, and of the route through autograd."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch.autograd import forward_ad
+
+try:
+    from ..kernels.device import INTERPRETED as _INTERPRETED
+
+    INTERPRETED: bool = _INTERPRETED.value
+    TRITON_ERROR: str | None = None
+except ImportError as error:  # Triton has no wheels outside Linux
+    INTERPRETED = False
+    TRITON_ERROR = f"Triton cannot be imported ({error})"
+
+BACKENDS = ("triton", "eager")
+_TRITON_DEVICES = ("cuda", "xpu")
+_chosen: str | None = None
+
+
+def set_backend(backend: str | None) -> None:
+    """Choose the backend of every call that names none: "triton", "eager", or None for the best that runs.
+
+    Takes precedence over the environment variable ``BERTLOSS_FAST_BACKEND``.
+    """
+    global _chosen
+    _check_name("backend", backend)
+    _chosen = backend
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device; None when it can."""
+    if backend == "eager":
+        return None
+    if TRITON_ERROR is not None:
+        return TRITON_ERROR
+    if device.type in _TRITON_DEVICES or (device.type == "cpu" and INTERPRETED):
+        return None
+    if device.type == "cpu":
+        return "Triton compiles for GPUs only; TRITON_INTERPRET=1, set before the first import, runs its interpreter"
+    return f"Triton has no target for device type '{device.type}'"
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The backend of a call: its argument, else `set_backend`'s, else the environment's, else the best that runs."""
+    source = "backend"
+    if backend is None and _chosen is not None:
+        backend, source = _chosen, "set_backend"
+    if backend is None and "BERTLOSS_FAST_BACKEND" in os.environ:
+        backend, source = os.environ["BERTLOSS_FAST_BACKEND"] or None, "BERTLOSS_FAST_BACKEND"
+    _check_name(source, backend)
+    if backend is None:
+        return "eager" if why_not("triton", device) else "triton"
+    reason = why_not(backend, device)
+    if reason is not None:
+        raise ValueError(f"{source}: '{backend}' cannot run on device '{device}': {reason}")
+    return backend
+
+
+def _check_name(source: str, backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+
+
+def needs_plain_operations() -> bool:
+    """Whether torch must see through the loss: inside a torch.func transform, torch.compile or forward-mode autograd.
+
+    A `torch.autograd.Function` would be refused there, or return wrong derivatives without a word.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def can_check_values(device: torch.device) -> bool:
+    """Whether looking at a tensor's values costs no hidden synchronisation, or was asked for."""
+    if needs_plain_operations():
+        return False
+    return device.type == "cpu" or os.environ.get("BERTLOSS_FAST_DEBUG") == "1"

@@ -1,0 +1,164 @@
+"""Numeric primitives that every kernel shares.
+
+Each has three forms, chosen when the kernel is compiled:
+
+- FAST, for 16-bit logits: the approximate special-function units, where the result stays far inside one rounding of
+  the gradient (relative error below 1e-4; bf16 rounds at 4e-3, fp16 at 5e-4);
+- fp32: below 1e-6 relative for arguments to 80. The exponential keeps what the product with log2(e) would round away,
+  and the logarithm is a polynomial, since the hardware's is only absolutely accurate near 1;
+- fp64: the library functions.
+
+No form needs CUDA's libdevice, so all of them run in Triton's interpreter and compile for every target.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# tl.exp2 is one instruction already on every target; tl.log2 is a call of twenty on NVIDIA's.
+USE_PTX = tl.constexpr(
+    not INTERPRETED.value and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LARGE = tl.constexpr(1e30)  # finite stand-in for infinity: 0 * LARGE is 0
+NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+TO_12_BITS = tl.constexpr(2.0**41 + 1.0)  # t = 53 - 12 bits in Veltkamp's splitting of a double
+
+
+@triton.jit
+def _log2_approx(x):
+    """log2(x) within 2^-22: relative above 2, absolute near 1."""
+    if USE_PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def load_as(pointer, mask, other, COMPUTE: tl.constexpr):
+    """Load and widen; through fp32, since the interpreter knows no other way from bf16."""
+    x = tl.load(pointer, mask, other)
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def store_rounded(pointer, x, mask):
+    """Store, rounded to the nearest value of the pointer's dtype; the interpreter would cut bf16 off."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        x = x.to(tl.float32)
+        if INTERPRETED:
+            bits = x.to(tl.int32, bitcast=True)
+            nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+            x = tl.where(x == x, nearest, bits).to(tl.float32, bitcast=True)
+    tl.store(pointer, x.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def exp_scaled(x, SCALE: tl.constexpr, FAST: tl.constexpr):
+    """exp(SCALE * x) for SCALE * x <= 0."""
+    if x.dtype == tl.float64:
+        return tl.exp(x * SCALE)
+    elif FAST:
+        return tl.exp2(x * (SCALE * LOG2E))
+    else:
+        # 2^t with t = c * x in fp32 is off by t * 2^-24, 5e-6 at 80: recover the rounding error of the product.
+        C: tl.constexpr = SCALE * LOG2E
+        C_HEAD: tl.constexpr = C * TO_12_BITS - (C * TO_12_BITS - C)
+        x = tl.clamp(x, -LARGE, LARGE, propagate_nan=NAN_STAYS)
+        x_head = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        rounded = x * C
+        lost = (x_head * C_HEAD - rounded) + (x - x_head) * C_HEAD + x * (C - C_HEAD)
+        power = tl.exp2(rounded)
+        return power + power * (lost * LN2)
+
+
+@triton.jit
+def _log1p_exponential(e):
+    """log(1 + e) for e in [0, 1], relatively accurate to the smallest e."""
+    if e.dtype == tl.float64:
+        one_plus = 1.0 + e
+        kept = one_plus - 1.0  # what the addition kept of e; the quotient makes up for what it lost (W. Kahan)
+        return tl.where(kept == 0.0, e, tl.log(one_plus) * (e / tl.where(kept == 0.0, 1.0, kept)))
+    else:
+        # Minimax polynomial of log1p(e) / e: 3e-8 relative, 1.7e-7 with fp32 rounding.
+        r = 0.0052326926 * e - 0.02950524
+        r = r * e + 0.07822596
+        r = r * e - 0.13663247
+        r = r * e + 0.19106008
+        r = r * e - 0.24842982
+        r = r * e + 0.33319098
+        r = r * e - 0.49999493
+        return (r * e + 0.99999994) * e
+
+
+@triton.jit
+def log_sigmoids(v, FAST: tl.constexpr):
+    """p = sigmoid(-v), q = sigmoid(v), and their logarithms: (p, q, log p, log q).
+
+    With v = (1 - 2y)x, p is the probability of the true label and q that of the wrong one. q and log p are relatively
+    accurate to the end of the exponent range: they are the loss and its gradient on well-classified elements.
+    """
+    if FAST:
+        log2_q = -_log2_approx(1.0 + tl.exp2(v * -LOG2E))
+        log_q = log2_q * LN2
+        q = tl.exp2(log2_q)
+        p = 1.0 - q  # only absolutely accurate: wherever p is small, it is added to a q near 1
+        # v - log q cancels where q is small; from q = 2^-5 on, three terms of -log(1 - q) are exact to 1e-5.
+        series = q + q * q * (0.5 + 0.3333333 * q)
+        return p, q, -tl.where(q < 0.03125, series, v - log_q), log_q
+    else:
+        e = exp_scaled(-tl.abs(v), 1.0, False)
+        larger = 1.0 / (1.0 + e)
+        smaller = e * larger
+        log1p_e = _log1p_exponential(e)
+        wrong = v > 0
+        q = tl.where(wrong, larger, smaller)
+        p = tl.where(wrong, smaller, larger)
+        return p, q, -(tl.where(wrong, v, 0.0) + log1p_e), tl.where(wrong, 0.0, v) - log1p_e
+
+
+@triton.jit
+def power(base, log_base, EXPONENT: tl.constexpr, FAST: tl.constexpr):
+    """base^EXPONENT for base in [0, 1], by products for small integers: 0^0 = 1, and no logarithm of 0."""
+    if EXPONENT == 0:
+        return 1.0
+    elif EXPONENT == 1:
+        return base
+    elif EXPONENT == 2:
+        return base * base
+    elif EXPONENT == 3:
+        return base * base * base
+    elif EXPONENT == 4:
+        square = base * base
+        return square * square
+    else:
+        return exp_scaled(log_base, EXPONENT, FAST)
+
+
+_INTERPRETER_LOCK = threading.Lock()
+
+
+@contextmanager
+def _interpreter() -> Iterator[None]:
+    """The interpreter is not thread-safe, and warns of infinities that a select then drops."""
+    with _INTERPRETER_LOCK, np.errstate(all="ignore"):
+        yield
+
+
+def launch_scope(tensor: Tensor) -> AbstractContextManager[None]:
+    """What a launch needs around it: on a GPU, the tensor's device made the current one."""
+    if INTERPRETED.value:
+        return _interpreter()
+    return torch.get_device_module(tensor.device).device_of(tensor)
