@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# The interpreter cuts fp32 off to bf16 and takes 0 to 1e-38; load_as and store_rounded do what the hardware does.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # tl.exp2 is one instruction already on every target; tl.log2 is a call of twenty on NVIDIA's.
@@ -46,23 +47,26 @@ def _log2_approx(x):
 
 @triton.jit
 def load_as(pointer, mask, other, COMPUTE: tl.constexpr):
-    """Load and widen; through fp32, since the interpreter knows no other way from bf16."""
-    x = tl.load(pointer, mask, other)
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(COMPUTE)
+    """Load and widen to the dtype of the computation."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        bits = tl.load(pointer.to(tl.pointer_type(tl.uint16), bitcast=True), mask)
+        x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return (x if other is None else tl.where(mask, x, other)).to(COMPUTE)
+    else:
+        return tl.load(pointer, mask, other).to(COMPUTE)
 
 
 @triton.jit
 def store_rounded(pointer, x, mask):
-    """Store, rounded to the nearest value of the pointer's dtype; the interpreter would cut bf16 off."""
-    if pointer.dtype.element_ty == tl.bfloat16:
+    """Store, rounded to the nearest value of the pointer's dtype."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
         x = x.to(tl.float32)
-        if INTERPRETED:
-            bits = x.to(tl.int32, bitcast=True)
-            nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-            x = tl.where(x == x, nearest, bits).to(tl.float32, bitcast=True)
-    tl.store(pointer, x.to(pointer.dtype.element_ty), mask)
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        half = tl.where(x == x, nearest, bits) >> 16
+        tl.store(pointer.to(tl.pointer_type(tl.uint16), bitcast=True), half.to(tl.uint16), mask)
+    else:
+        tl.store(pointer, x.to(pointer.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def _soft_label(positive, y, pos_weight):
         return y * pos_weight + (1.0 - y), tl.where(positive, 1.0 - y, y * pos_weight), distance
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["denominator"])
 def _sigmoid_kernel(
     inputs_ptr,  # [N, L]
     targets_ptr,  # [N, L]
@@ -120,7 +120,7 @@ def _sigmoid_kernel(
     else:
         scale = 1.0 / denominator.to(COMPUTE)
     if REDUCED and upstream_ptr is not None:
-        upstream = tl.load(upstream_ptr).to(COMPUTE)
+        upstream = load_as(upstream_ptr, None, None, COMPUTE)
         scale *= upstream
         if WRITTEN:
             numel = tl.where(upstream == 1, 0, numel)

@@ -1,0 +1,127 @@
+"""Bad input: each error names the argument, what was expected and what came, and nothing is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import bertloss_fast as bf
+
+N, L = 4, 5
+FOCAL, BCE = bf.sigmoid_focal_loss, bf.binary_cross_entropy_with_logits
+X, Y = torch.zeros(N, L), torch.zeros(N, L)
+
+
+def integers(dtype: torch.dtype, value: int = 7) -> torch.Tensor:
+    targets = torch.zeros(N, L, dtype=dtype)
+    targets[2, 3] = value
+    return targets
+
+
+# function, arguments, keyword arguments, error, what its sentence says
+CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "a silently broadcast target": (FOCAL, (X, Y[:, :1]), {}, ValueError, r"targets: .*\(4, 5\).*inputs.*\(4, 1\)"),
+    "torch's name of it": (BCE, (X, Y[:, :1]), {}, ValueError, r"target: .*\(4, 5\) like input, got \(4, 1\)"),
+    "integer logits": (FOCAL, (X.long(), Y), {}, TypeError, "inputs: expected float16.*float64, got int64"),
+    "8-bit logits": (FOCAL, (X.to(torch.float8_e4m3fn), Y), {}, TypeError, "inputs: .*got float8_e4m3fn"),
+    "no tensor": (FOCAL, ([[0.0]], Y), {}, TypeError, "inputs: expected a tensor, got list"),
+    "sparse logits": (FOCAL, (X.to_sparse(), Y), {}, TypeError, "inputs: expected a dense tensor, got.*sparse_coo"),
+    "complex targets": (FOCAL, (X, Y.cfloat()), {}, TypeError, "targets: .*got complex64"),
+    "unknown reduction": (FOCAL, (X, Y), {"reduction": "avg"}, ValueError, "reduction: .*mean_positive, got 'avg'"),
+    "no reduction": (FOCAL, (X, Y), {"reduction": None}, ValueError, "reduction: .*got None"),
+    "negative gamma": (FOCAL, (X, Y), {"gamma": -1}, ValueError, "gamma: expected a number >= 0, got -1"),
+    "missing gamma": (FOCAL, (X, Y), {"gamma": float("nan")}, ValueError, "gamma: .*got nan"),
+    "gamma of a tensor": (FOCAL, (X, Y), {"gamma": torch.ones(())}, TypeError, "gamma: .*got Tensor"),
+    "large alpha": (FOCAL, (X, Y), {"alpha": 1.5}, ValueError, "alpha: expected .* 1, got 1.5"),
+    "large alpha of a label": (FOCAL, (X, Y), {"alpha": torch.full((L,), 1.5)}, ValueError, "alpha: .*0 to 1.*1.5"),
+    "alpha of another length": (FOCAL, (X, Y), {"alpha": torch.ones(3)}, ValueError, r"alpha: .*\(5,\).*\(3,\)"),
+    "targets elsewhere": (FOCAL, (X, Y.to("meta")), {}, ValueError, "targets: .*'cpu' like inputs, got 'meta'"),
+    "weight elsewhere": (FOCAL, (X, Y), {"weight": Y.to("meta")}, ValueError, "weight: .*'cpu'.*'meta'"),
+    "a count": (FOCAL, (X, integers(torch.int64)), {}, ValueError, r"targets: expected 0 or 1, got 7 at \(2, 3\)"),
+    "a byte": (FOCAL, (X, integers(torch.uint8)), {}, ValueError, r"targets: .*got 7 at \(2, 3\)"),
+    "a large unsigned": (FOCAL, (X, integers(torch.uint16, 40000)), {}, ValueError, "targets: .*got 40000"),
+    "a padding index": (BCE, (X, integers(torch.int32, -100)), {}, ValueError, r"target: .*got -100 at \(2, 3\)"),
+    "pos_weight of another length": (
+        FOCAL,
+        (X, Y),
+        {"pos_weight": torch.ones(4)},
+        ValueError,
+        r"pos_weight: .*\(5,\).*\(4,\)",
+    ),
+    "pos_weight of a matrix": (BCE, (X, Y), {"pos_weight": X}, ValueError, r"pos_weight: .*\(5,\).*\(4, 5\)"),
+    "weight of the rows": (FOCAL, (X, Y), {"weight": torch.ones(N, 1)}, ValueError, r"weight: .*\(5,\).*\(4, 1\)"),
+    "weight that cannot broadcast": (BCE, (X, Y, torch.ones(3, 1)), {}, ValueError, r"weight: .*\(4, 5\).*\(3, 1\)"),
+    "learned weight": (BCE, (X, Y, torch.ones(L, requires_grad=True)), {}, ValueError, "weight: .*requires_grad"),
+    "complex weight": (
+        BCE,
+        (X, Y, torch.ones(L).cfloat()),
+        {},
+        TypeError,
+        "weight: expected a real dtype, got complex64",
+    ),
+    "unknown backend": (
+        FOCAL,
+        (X, Y),
+        {"backend": "cuda"},
+        ValueError,
+        "backend: expected one of triton, eager.*'cuda'",
+    ),
+    "module: reduction": (bf.SigmoidFocalLoss, (), {"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
+    "module: gamma": (bf.SigmoidFocalLoss, (), {"gamma": -1}, ValueError, "gamma: .*-1"),
+    "module: alpha": (bf.SigmoidFocalLoss, (1.5,), {}, ValueError, "alpha: .*1.5"),
+    "module: torch's reduction": (bf.BCEWithLogitsLoss, (), {"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_and_no_launch(
+    case: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        pytest.fail("computed before the arguments were checked")
+
+    monkeypatch.setattr("bertloss_fast.ops.sigmoid.sigmoid_launcher", never)
+    monkeypatch.setattr("bertloss_fast.reference.sigmoid.elementwise", never)
+    if device.type != "cpu":
+        monkeypatch.setenv("BERTLOSS_FAST_DEBUG", "1")
+    function, args, options, error, sentence = CASES[case]
+    if function in (FOCAL, BCE):
+        options = {"backend": backend, **options}
+    with pytest.raises(error, match=sentence):
+        function(*args, **options)
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertloss_fast.ops.dispatch.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"backend: 'triton' cannot run on device 'cpu': .*TRITON_INTERPRET=1"):
+        FOCAL(X, Y, backend="triton")
+    monkeypatch.setenv("BERTLOSS_FAST_BACKEND", "triton")
+    with pytest.raises(ValueError, match=r"BERTLOSS_FAST_BACKEND: 'triton' cannot run"):
+        FOCAL(X, Y)
+    monkeypatch.setenv("BERTLOSS_FAST_BACKEND", "cpu")
+    with pytest.raises(ValueError, match="BERTLOSS_FAST_BACKEND: expected one of"):
+        FOCAL(X, Y)
+
+
+def test_a_chosen_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    from bertloss_fast.ops import sigmoid
+
+    for name in ("triton", "eager"):
+        monkeypatch.setitem(sigmoid._RUN, name, lambda *args, name=name, **kwargs: runs.append(name))
+    monkeypatch.setattr("bertloss_fast.ops.dispatch.INTERPRETED", True)
+    FOCAL(X, Y)
+    monkeypatch.setenv("BERTLOSS_FAST_BACKEND", "eager")
+    FOCAL(X, Y)
+    bf.set_backend("triton")
+    try:
+        FOCAL(X, Y)
+        FOCAL(X, Y, backend="eager")
+    finally:
+        bf.set_backend(None)
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        bf.set_backend("fast")
+    assert runs == ["triton", "eager", "triton", "eager"]

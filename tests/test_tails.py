@@ -1,0 +1,119 @@
+"""Far from 0, against mpmath: no clamp, no eps, no dead zone."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import oracles
+import pytest
+import torch
+
+import bertloss_fast as bf
+
+GAMMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 3.7)
+# Every third of an integer, and both sides of where a formula changes over.
+LOGITS = sorted({*(n / 3 for n in range(-240, 241)), -3.5, -3.4, -3.3, 3.4, 16.6, 16.7, 24.5, -1e-3, 1e-3, 0.0})
+
+
+@functools.cache
+def exact(gamma: float, positive: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, losses and derivatives; the logits are what the dtype can hold."""
+    x = torch.tensor(LOGITS, dtype=torch.float64).to(dtype).unique()
+    pairs = [oracles.exact_focal(value, positive, gamma) for value in x.tolist()]
+    loss, grad = (torch.tensor([float(pair[i]) for pair in pairs], dtype=torch.float64) for i in range(2))
+    return x, loss, grad
+
+
+def relative_error(ours: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Where the true value is a normal number of our dtype; elsewhere nothing is promised."""
+    normal = (true.abs() >= torch.finfo(ours.dtype).tiny) & (true.abs() <= torch.finfo(ours.dtype).max)
+    return torch.where(normal, (ours.cpu().double() - true).abs() / true.abs(), 0.0)
+
+
+def bound(gamma: float, x: torch.Tensor) -> torch.Tensor:
+    if gamma != int(gamma):
+        return torch.full_like(x, 2e-5)
+    return torch.where(x.abs() <= 20, 2e-6, 1e-5)
+
+
+def loss_and_grad(
+    x: torch.Tensor, positive: bool, gamma: float, backend: str, target_dtype: torch.dtype, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = torch.full(x.shape, positive, dtype=target_dtype, device=x.device)
+    if gamma == 0:
+        loss = bf.binary_cross_entropy_with_logits(x, y, reduction=reduction, backend=backend)
+    else:
+        loss = bf.sigmoid_focal_loss(x, y, None, gamma, reduction, backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize("target_dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_fp32(gamma: float, positive: bool, target_dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    x, true_loss, true_grad = exact(gamma, positive, torch.float32)
+    loss, grad = loss_and_grad(x.to(device), positive, gamma, backend, target_dtype, "none")
+    limit = bound(gamma, x.double())
+    for name, ours, true in (("loss", loss, true_loss), ("gradient", grad, true_grad)):
+        excess = relative_error(ours, true) / limit
+        worst = int(excess.argmax())
+        assert excess[worst] <= 1, f"{name} at {x[worst]}: {ours[worst]} instead of {true[worst]}"
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_16_bit(
+    gamma: float, dtype: torch.dtype, positive: bool, reduction: str, backend: str, device: torch.device
+) -> None:
+    x, true_loss, true_grad = exact(gamma, positive, dtype)
+    loss, grad = loss_and_grad(x.to(device), positive, gamma, backend, torch.uint8, reduction)
+    assert relative_error(grad, true_grad).max() <= 2**-8
+    if reduction == "none":
+        assert relative_error(loss, true_loss).max() <= 2**-8
+
+
+@pytest.mark.parametrize("logit", [-70.0, -40.0, -16.0, -9.0, -7.0, -5.0, -3.5, -3.375, -1.0, 0.0, 2.0, 20.0])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_reduced_loss_has_more_digits_than_its_16_bit_logits(
+    gamma: float, logit: float, backend: str, device: torch.device
+) -> None:
+    """Thousands of well-classified labels, each wrong in the same direction, would bias the loss that is logged."""
+    x = torch.tensor([logit], dtype=torch.bfloat16, device=device)
+    loss = bf.sigmoid_focal_loss(x, torch.zeros_like(x, dtype=torch.bool), None, gamma, "sum", backend=backend)
+    true = torch.tensor(float(oracles.exact_focal(logit, False, gamma)[0]), dtype=torch.float64)
+    assert relative_error(loss, true) <= 1e-4
+
+
+@pytest.mark.parametrize("target", ["hard", "soft"])
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_infinite_and_missing_logits(
+    dtype: torch.dtype, gamma: float, target: str, backend: str, device: torch.device
+) -> None:
+    infinity = math.inf
+    x = torch.tensor([infinity, -infinity, infinity, -infinity, math.nan, math.nan], dtype=dtype, device=device)
+    y = torch.tensor([1, 0, 0, 1, 0, 1], dtype=torch.uint8 if target == "hard" else dtype, device=device)
+    x.requires_grad_()
+    loss = bf.sigmoid_focal_loss(x, y, None, gamma, backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.tolist()[:4] == [0, 0, infinity, infinity]
+    assert grad.tolist()[:4] == [0, 0, 1, -1]
+    assert loss[4:].isnan().all()
+    assert grad[4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_large_finite_logits(gamma: float, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    x = torch.tensor([90.0, 1e4, 3e38, -90.0, -1e4, -3e38], dtype=dtype, device=device).requires_grad_()
+    loss = bf.sigmoid_focal_loss(x, torch.zeros_like(x, dtype=torch.bool), None, gamma, backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(loss[:3], x[:3].detach())
+    assert grad[:3].tolist() == [1, 1, 1]
+    assert loss[3:].max() < 1e-18
+    assert grad.isfinite().all()
