@@ -1,0 +1,127 @@
+"""The demo's training loop, where the loss of bertloss_fast is called. Its end and its schedule follow the clock."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bertloss_fast import BCEWithLogitsLoss, SigmoidFocalLoss
+from classifier import TextClassifier
+
+LEARNING_RATE, HEAD_LEARNING_RATE = 5e-4, 5e-3
+WARM_UP = 0.05
+"""Share of the training in which the learning rate rises; it then falls to 0 in a straight line."""
+
+
+@dataclass
+class History:
+    """What training did. `losses` holds, for each step, the second and the loss; `seen` marks the texts trained on."""
+
+    seen: np.ndarray
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    examples: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+def make_loss(options: argparse.Namespace) -> nn.Module:
+    """Sum over a text's labels, mean over texts: a mean over 1000 labels would leave the few positives no weight."""
+    if options.loss == "bce":
+        return BCEWithLogitsLoss(reduction="batchmean")
+    return SigmoidFocalLoss(alpha=options.alpha, gamma=options.gamma, reduction="batchmean")
+
+
+def start_head_at_prior(model: TextClassifier, targets: csr_matrix) -> None:
+    """Each label starts at its own frequency; from zero, the first steps would only learn that labels are rare."""
+    frequency = torch.from_numpy(np.asarray(targets.mean(axis=0), dtype=np.float32).ravel())
+    with torch.no_grad():
+        model.head.bias.copy_(torch.logit(frequency, eps=1e-6))
+
+
+def endless_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Epoch after epoch in random order; within fifty batches' worth, texts of a length go together to save padding."""
+    while True:
+        order = generator.permutation(len(lengths))
+        for start in range(0, len(order), 50 * batch_size):
+            pool = order[start : start + 50 * batch_size]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            batches = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+            for i in generator.permutation(len(batches)):
+                yield batches[i]
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """The event is set by the first Ctrl-C; the second one ends the program as usual."""
+    asked = threading.Event()
+
+    def first(signal_number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.set()
+
+    previous = signal.signal(signal.SIGINT, first)
+    try:
+        yield asked
+    finally:
+        if not asked.is_set():
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(
+    model: TextClassifier,
+    token_ids: list[Tensor],
+    targets: csr_matrix,
+    options: argparse.Namespace,
+    seconds: float,
+) -> History:
+    """Trains for `seconds` or `options.epochs`, whichever ends first, and for one batch at least."""
+    compute_loss = make_loss(options)
+    encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": encoder, "lr": LEARNING_RATE}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}]
+    )
+    progress = 0.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((progress + 0.01) / WARM_UP, (1 - progress) / (1 - WARM_UP), 1.0)
+    )
+    history = History(seen=np.zeros(len(token_ids), dtype=bool))
+    lengths = np.array([len(ids) for ids in token_ids])
+    bar_format = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=100, mininterval=0.5, bar_format=bar_format)
+    model.train()
+    start = time.monotonic()
+    with stop_request() as asked, bar:
+        for rows in endless_batches(lengths, options.batch_size, np.random.default_rng(options.seed)):
+            batch_targets = torch.from_numpy(targets[rows].toarray().astype(np.uint8)).to(model.device)
+            loss = compute_loss(model([token_ids[row] for row in rows]), batch_targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.seen[rows] = True
+            history.examples += len(rows)
+            history.seconds = time.monotonic() - start
+            history.losses.append((history.seconds, loss.item()))
+            epochs_done = history.examples / len(token_ids)
+            progress = min(1.0, max(history.seconds / max(seconds, 1e-9), epochs_done / (options.epochs or np.inf)))
+            schedule.step()
+            recent = np.mean([value for _, value in history.losses[-20:]])
+            bar.set_postfix_str(
+                f"loss {recent:.3f}, {history.examples / history.seconds:.0f} examples/s", refresh=False
+            )
+            bar.update(100 * progress - bar.n)
+            history.interrupted = asked.is_set()
+            if progress >= 1 or history.interrupted:
+                break
+    return history
