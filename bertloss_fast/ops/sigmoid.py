@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ if dispatch.TRITON_ERROR is None:
 
 # Elements that one thread works on at a time on the CPU: a block's dozen intermediates then stay in its L2 cache.
 _CPU_BLOCK = 65536
+# Formulas of so few operations that torch's autograd in C++ beats a Function in Python, which costs as much as ten.
+_SHORT_GRAPHS = ("bce",)
 
 
 class Spec(NamedTuple):
@@ -43,38 +45,14 @@ class Operands(NamedTuple):
 def sigmoid_loss(spec: Spec, operands: Operands, backend: str) -> Tensor:
     """A loss of the family, on valid arguments."""
     if dispatch.needs_plain_operations():
-        return _differentiable(spec, operands)
-    if torch.is_grad_enabled() and (operands.inputs.requires_grad or operands.targets.requires_grad):
-        loss: Tensor = _SigmoidLoss.apply(*operands, spec, backend)  # type: ignore[no-untyped-call]
-        return loss
-    return _forward(spec, operands, backend, with_grad=False)[0]
-
-
-def _differentiable(spec: Spec, operands: Operands) -> Tensor:
-    alpha = spec.alpha if operands.alpha is None else operands.alpha
-    return reference.loss(
-        spec.formula,
-        spec.params,
-        operands.inputs,
-        operands.targets,
-        alpha=alpha,
-        weight=operands.weight,
-        pos_weight=operands.pos_weight,
-        reduction=spec.reduction,
-        dtype=spec.compute_dtype,
-    ).to(spec.loss_dtype)
-
-
-def _forward(
-    spec: Spec, operands: Operands, backend: str, with_grad: bool
-) -> tuple[Tensor, Tensor | None, int | Tensor]:
-    """The loss; the gradient for an upstream of 1; and the denominator, which backward needs again."""
-    inputs = operands.inputs
-    denominator = reference.denominator(spec.reduction, inputs, operands.targets, spec.compute_dtype)
-    loss = inputs.new_empty(inputs.shape if spec.reduction == "none" else (), dtype=spec.loss_dtype)
-    grad = inputs.new_empty(inputs.shape) if with_grad else None
-    _RUN[backend](spec, operands, denominator, loss=loss, grad=grad)
-    return loss, grad, denominator
+        return _differentiable(spec, operands, soft=operands.targets.is_floating_point())
+    if not torch.is_grad_enabled() or not (operands.inputs.requires_grad or operands.targets.requires_grad):
+        return _FORWARD[backend](spec, operands, _denominator(spec, operands), with_grad=False)[0]
+    small = operands.inputs.device.type == "cpu" and operands.inputs.numel() <= _block_size(operands.inputs)
+    if small and backend == "eager" and spec.formula in _SHORT_GRAPHS:
+        return _differentiable(spec, operands, soft=_has_soft_labels(operands.targets))
+    loss: Tensor = _SigmoidLoss.apply(*operands, spec, backend)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -90,13 +68,17 @@ class _SigmoidLoss(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.spec, ctx.backend = spec, backend
-        # Whether the upstream is 1 is known without a synchronisation to a kernel and on the CPU, elsewhere to nobody.
-        ctx.written = (
-            ctx.needs_input_grad[0] and spec.reduction != "none" and (backend == "triton" or not inputs.is_cuda)
-        )
         operands = Operands(inputs, targets, alpha, weight, pos_weight)
-        loss, grad, denominator = _forward(spec, operands, backend, ctx.written)
+        denominator = _denominator(spec, operands)
+        # The gradient for an upstream of 1. Whether it is 1 can be told without a synchronisation by a kernel and by
+        # the CPU; elsewhere backward computes the gradient.
+        with_grad = (
+            ctx.needs_input_grad[0]
+            and spec.reduction != "none"
+            and (backend == "triton" or inputs.device.type == "cpu")
+        )
+        loss, grad = _FORWARD[backend](spec, operands, denominator, with_grad)
+        ctx.spec, ctx.backend, ctx.handed_out = spec, backend, False
         ctx.count = denominator if isinstance(denominator, int) else None
         ctx.save_for_backward(*operands, None if isinstance(denominator, int) else denominator, grad)
         return loss
@@ -114,12 +96,29 @@ class _SigmoidLoss(torch.autograd.Function):
         if not of_inputs:
             return None, grad_targets, *(None,) * 5
         # A gradient is handed out once: who got it may write to it, and a second backward needs memory of its own.
-        written, ctx.written = ctx.written, False
-        if not written:
-            grad = operands.inputs.new_empty(operands.inputs.shape)
+        written = None if ctx.handed_out else grad
+        ctx.handed_out = True
         count = denominator if ctx.count is None else ctx.count
-        _RUN[ctx.backend](ctx.spec, operands, count, grad=grad, upstream=upstream, written=written)
-        return grad, grad_targets, *(None,) * 5
+        return _BACKWARD[ctx.backend](ctx.spec, operands, count, upstream, written), grad_targets, *(None,) * 5
+
+
+def _denominator(spec: Spec, operands: Operands) -> int | Tensor:
+    return reference.denominator(spec.reduction, operands.inputs, operands.targets, spec.compute_dtype)
+
+
+def _differentiable(spec: Spec, operands: Operands, *, soft: bool) -> Tensor:
+    return reference.loss(
+        spec.formula,
+        spec.params,
+        operands.inputs,
+        operands.targets,
+        alpha=spec.alpha if operands.alpha is None else operands.alpha,
+        weight=operands.weight,
+        pos_weight=operands.pos_weight,
+        reduction=spec.reduction,
+        dtype=spec.compute_dtype,
+        soft=soft,
+    ).to(spec.loss_dtype)
 
 
 def _by_autograd(
@@ -131,122 +130,188 @@ def _by_autograd(
     if not create_graph:
         inputs, targets = inputs.detach().requires_grad_(of_inputs), targets.detach().requires_grad_(of_targets)
     with torch.enable_grad():
-        loss = _differentiable(spec, operands._replace(inputs=inputs, targets=targets))
+        operands = operands._replace(inputs=inputs, targets=targets)
+        loss = _differentiable(spec, operands, soft=targets.is_floating_point())
     sources = [tensor for tensor, wanted in ((inputs, of_inputs), (targets, of_targets)) if wanted]
     grads = iter(torch.autograd.grad(loss, sources, upstream, create_graph=create_graph))
     return next(grads) if of_inputs else None, next(grads) if of_targets else None
 
 
-def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[..., L] as [N, L], without a copy wherever its strides allow."""
-    return tensor if tensor.shape == shape else tensor.reshape(shape)
+def _rows_and_labels(inputs: Tensor) -> tuple[int, int]:
+    """[..., L] as [N, L]; a single logit is a row of one label."""
+    num_labels = inputs.shape[-1] if inputs.dim() else 1
+    return inputs.numel() // max(num_labels, 1), num_labels
 
 
-def _triton(
+def _as_matrices(operands: Operands) -> Operands:
+    """Every operand as [N, L] or [L], by views wherever strides allow them."""
+    inputs, targets, alpha, weight, pos_weight = operands
+    shape = _rows_and_labels(inputs)
+    return Operands(
+        inputs.reshape(shape),
+        targets.reshape(shape),
+        None if alpha is None else alpha.expand(shape[1]),
+        None if weight is None else weight.expand(inputs.shape).reshape(shape),
+        None if pos_weight is None else pos_weight.expand(shape[1]),
+    )
+
+
+def _triton_forward(
+    spec: Spec, operands: Operands, denominator: int | Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One launch for the loss and its gradient, and one that adds up the partial sums of a reduced loss."""
+    inputs = operands.inputs
+    reduced = spec.reduction != "none"
+    loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
+    grad = inputs.new_empty(inputs.shape) if with_grad else None
+    if inputs.numel() == 0:
+        return loss.zero_(), grad
+    partials = inputs.new_empty(num_programs(inputs), dtype=spec.compute_dtype) if reduced else None
+    _launch(spec, operands, denominator, None, loss if partials is None else partials, grad, reduced=reduced)
+    if partials is not None:
+        sum_launcher(partials, loss)
+    return loss, grad
+
+
+def _triton_backward(
+    spec: Spec, operands: Operands, denominator: int | Tensor, upstream: Tensor, written: Tensor | None
+) -> Tensor:
+    """The gradient; a launch that returns at once where it is written and the upstream is 1."""
+    inputs = operands.inputs
+    grad = inputs.new_empty(inputs.shape) if written is None else written
+    if inputs.numel() == 0:
+        return grad
+    reduced = spec.reduction != "none"
+    if not reduced and not any(upstream.stride()):
+        reduced, upstream = True, upstream.as_strided((), ())  # from sum() or mean(): one value, expanded
+    if not reduced:
+        upstream = upstream.reshape(_rows_and_labels(inputs))
+    _launch(spec, operands, denominator, upstream, None, grad, reduced=reduced, written=written is not None)
+    return grad
+
+
+def _launch(
     spec: Spec,
     operands: Operands,
     denominator: int | Tensor,
+    upstream: Tensor | None,
+    loss: Tensor | None,
+    grad: Tensor | None,
     *,
-    loss: Tensor | None = None,
-    grad: Tensor | None = None,
-    upstream: Tensor | None = None,
+    reduced: bool,
     written: bool = False,
 ) -> None:
-    """Fill ``loss`` or ``grad`` or both in one launch; a second one adds up the partial sums of a reduced loss."""
-    inputs, targets, alpha, weight, pos_weight = operands
-    reduced = spec.reduction != "none"
-    if inputs.numel() == 0:
-        if loss is not None:
-            loss.zero_()
-        return
-    num_labels = inputs.shape[-1] if inputs.dim() else 1
-    shape = inputs.numel() // num_labels, num_labels
-    if upstream is not None and not reduced and not any(upstream.stride()):
-        reduced, upstream = True, upstream.as_strided((), ())  # what sum() and mean() pass back: one value, expanded
-    partials = None
-    if reduced and loss is not None:
-        partials = inputs.new_empty(num_programs(inputs), dtype=spec.compute_dtype)
+    inputs, targets, alpha, weight, pos_weight = _as_matrices(operands)
     sigmoid_launcher(
         spec.formula,
         spec.params,
-        _matrix(inputs, shape),
-        _matrix(targets, shape),
-        spec.alpha if alpha is None else alpha.expand(num_labels),
-        None if weight is None else _matrix(weight.expand(inputs.shape), shape),
-        None if pos_weight is None else pos_weight.expand(num_labels),
+        inputs,
+        targets,
+        spec.alpha if alpha is None else alpha,
+        weight,
+        pos_weight,
         denominator,
-        upstream if upstream is None or reduced else _matrix(upstream, shape),
-        loss if partials is None else partials,
+        upstream,
+        loss,
         grad,
         reduced=reduced,
         written=written,
         compute_dtype=spec.compute_dtype,
     )
-    if partials is not None:
-        sum_launcher(partials, loss)
 
 
-def _eager(
-    spec: Spec,
-    operands: Operands,
-    denominator: int | Tensor,
-    *,
-    loss: Tensor | None = None,
-    grad: Tensor | None = None,
-    upstream: Tensor | None = None,
-    written: bool = False,
-) -> None:
-    """The same from the closed forms of ``reference``, on the CPU block by block."""
-    if written and upstream == 1:
-        return
-    inputs, targets, alpha, weight, pos_weight = operands
-    num_labels = inputs.shape[-1] if inputs.dim() else 1
-    shape = inputs.numel() // max(num_labels, 1), num_labels
-    x, t = _matrix(inputs, shape), _matrix(targets, shape)
-    alpha = None if alpha is None else alpha.expand(num_labels)
-    weight = None if weight is None else _matrix(weight.expand(inputs.shape), shape)
-    pos_weight = None if pos_weight is None else pos_weight.expand(num_labels)
-    scale: float | Tensor = 1 / denominator
-    if upstream is not None:
-        scale = upstream.to(spec.compute_dtype) * scale
+def _eager_forward(
+    spec: Spec, operands: Operands, denominator: int | Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The closed forms of ``reference``, on the CPU block by block."""
+    inputs = operands.inputs
     reduced = spec.reduction != "none"
+    scale = 1 / denominator
+    if inputs.numel() <= _block_size(inputs):
+        values, slopes = _eager_block(spec, operands, scale, with_grad)
+        loss = values.sum() if reduced else values
+        return loss.to(spec.loss_dtype), None if slopes is None else slopes.to(inputs.dtype)
+    grad = inputs.new_empty(inputs.shape) if with_grad else None
+    loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
     sums = []
-    for block in _blocks(shape, inputs.device):
-        labels = block[1]
-        values, slopes = reference.elementwise(
-            spec.formula,
-            spec.params,
-            x[block],
-            t[block],
-            alpha=spec.alpha if alpha is None else alpha[labels],
-            weight=None if weight is None else weight[block],
-            pos_weight=None if pos_weight is None else pos_weight[labels],
-            dtype=spec.compute_dtype,
-            soft=_has_soft_labels(t[block]),
-            slope=grad is not None,
-        )
+    shape = _rows_and_labels(inputs)
+    for block, part in _blocks(operands):
+        values, slopes = _eager_block(spec, part, scale, with_grad)
         if grad is not None and slopes is not None:
-            factor = _matrix(scale, shape)[block] if isinstance(scale, Tensor) and not reduced else scale
-            # Its next use is as a gradient, not as what autograd saved: nothing to tell the version counter.
-            with _unsafe_preserve_version_counter(grad):
-                grad.view(shape)[block] = slopes * factor
-        if loss is not None and reduced:
+            grad.view(shape)[block] = slopes
+        if reduced:
             sums.append(values.sum())
-        elif loss is not None:
+        else:
             loss.view(shape)[block] = values
-    if loss is not None and reduced:
-        loss.copy_(torch.stack(sums).sum() * scale if sums else loss.new_zeros(()))
+    return loss.copy_(torch.stack(sums).sum()) if reduced else loss, grad
 
 
-def _blocks(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Rectangles that cover a matrix: on the CPU of a size that stays in the cache, elsewhere the whole."""
-    rows, cols = shape
-    size = _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else max(rows * cols, 1)
-    col_step = max(min(cols, size), 1)
-    row_step = max(size // col_step, 1)
+def _eager_backward(
+    spec: Spec, operands: Operands, denominator: int | Tensor, upstream: Tensor, written: Tensor | None
+) -> Tensor:
+    if written is not None and upstream == 1:
+        return written
+    inputs = operands.inputs
+    scale: float | Tensor = upstream.to(spec.compute_dtype) / denominator
+    if inputs.device.type == "cpu" and upstream.dim() == 0 and upstream.isfinite():
+        scale = upstream.item() / denominator  # as in forward, bit for bit
+    if inputs.numel() <= _block_size(inputs):
+        return cast(Tensor, _eager_block(spec, operands, scale, True)[1]).to(inputs.dtype)
+    shape = _rows_and_labels(inputs)
+    grad = inputs.new_empty(inputs.shape) if written is None else written
+    scales = scale.expand(inputs.shape).reshape(shape) if isinstance(scale, Tensor) else None
+    for block, part in _blocks(operands):
+        slopes = cast(Tensor, _eager_block(spec, part, scale if scales is None else scales[block], True)[1])
+        # What is written is not what autograd saved for a second use: its version stays.
+        with _unsafe_preserve_version_counter(grad):
+            grad.view(shape)[block] = slopes
+    return grad
+
+
+def _eager_block(
+    spec: Spec, operands: Operands, scale: float | Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    return reference.elementwise(
+        spec.formula,
+        spec.params,
+        operands.inputs,
+        operands.targets,
+        alpha=spec.alpha if operands.alpha is None else operands.alpha,
+        weight=operands.weight,
+        pos_weight=operands.pos_weight,
+        scale=scale,
+        dtype=spec.compute_dtype,
+        soft=_has_soft_labels(operands.targets),
+        slope=with_grad,
+    )
+
+
+def _block_size(inputs: Tensor) -> int:
+    """How many elements to work on at a time: all of them, where no cache of a core's own is to be kept."""
+    return _CPU_BLOCK * torch.get_num_threads() if inputs.device.type == "cpu" else inputs.numel()
+
+
+def _blocks(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
+    """Rectangles of a size that stays in the cache, and the operands' parts that they cut out."""
+    inputs, targets, alpha, weight, pos_weight = _as_matrices(operands)
+    rows, cols = inputs.shape
+    size = _block_size(inputs)
+    col_step = min(cols, size)
+    row_step = size // col_step
     for row in range(0, rows, row_step):
         for col in range(0, cols, col_step):
-            yield slice(row, row + row_step), slice(col, col + col_step)
+            labels = slice(col, col + col_step)
+            block = slice(row, row + row_step), labels
+            yield (
+                block,
+                Operands(
+                    inputs[block],
+                    targets[block],
+                    None if alpha is None else alpha[labels],
+                    None if weight is None else weight[block],
+                    None if pos_weight is None else pos_weight[labels],
+                ),
+            )
 
 
 def _has_soft_labels(targets: Tensor) -> bool:
@@ -256,4 +321,5 @@ def _has_soft_labels(targets: Tensor) -> bool:
     return targets.device.type != "cpu" or not torch.equal(targets * targets, targets)
 
 
-_RUN = {"triton": _triton, "eager": _eager}
+_FORWARD = {"triton": _triton_forward, "eager": _eager_forward}
+_BACKWARD = {"triton": _triton_backward, "eager": _eager_backward}

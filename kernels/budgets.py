@@ -1,0 +1,51 @@
+"""What a kernel may cost: machine instructions and special functions per element, compiled for sm_90.
+
+The H200 moves the 5 bytes of a bf16 logit, its gradient and a uint8 label in the time of 31 to 39 instructions and 3.9
+to 4.9 special functions; below that, the memory is the limit. tests/test_compiled.py holds every kernel to its row,
+`python -m bench.sass` prints where it stands. Whoever makes a kernel cheaper lowers its row.
+"""
+
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    instructions: int
+    special: int
+
+
+SIGMOID = {
+    "bce": Budget(23, 3),
+    "focal 0": Budget(27, 3),
+    "focal 1": Budget(28, 3),
+    "focal 2": Budget(29, 3),
+    "focal 3.7": Budget(32, 4),
+    "focal 1 alpha": Budget(29, 3),
+    "focal 2 alpha": Budget(30, 3),
+    "focal 3.7 alpha": Budget(33, 4),
+    "focal 2 fp16": Budget(29, 3),
+    "bce fp32": Budget(44, 2),
+    "focal 2 fp32": Budget(54, 2),
+    "focal 3.7 fp32": Budget(65, 3),
+    "focal 2 fp64": Budget(238, 3),
+    "focal 3.7 fp64": Budget(289, 3),
+    "focal 2 int64 targets": Budget(31, 3),
+    "bce soft": Budget(28, 3),
+    "focal 2 soft bf16 alpha": Budget(53, 4),
+    "focal 3.7 soft pos_weight": Budget(88, 5),
+    "focal 2 fp32 soft": Budget(71, 3),
+    "focal 2 loss": Budget(22, 3),
+    "focal 2 none": Budget(22, 3),
+    "focal 2 backward": Budget(27, 3),
+    "focal 2 backward again": Budget(26, 3),
+    "focal 2 backward none": Budget(29, 3),
+    "focal 2 counted": Budget(29, 3),
+    "focal 2 wide": Budget(30, 3),
+    "focal 2 alpha 1000": Budget(33, 3),
+    "focal 2 alpha 1001": Budget(40, 3),
+    "bce pos_weight 1000": Budget(26, 3),
+    "bce pos_weight 1001": Budget(33, 3),
+    "bce weight 1000": Budget(26, 3),
+    "bce weight matrix": Budget(25, 3),
+    "bce padded rows": Budget(23, 3),
+    "bce odd rows": Budget(31, 3),
+}

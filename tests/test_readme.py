@@ -1,0 +1,66 @@
+"""Every code block of the README and of docs/ runs."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bertloss_fast as bf
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(language, text, id=f"{page.name}-{number}-{language}")
+    for page in PAGES
+    for number, (language, text) in enumerate(BLOCK.findall(page.read_text()))
+]
+# Programs that take minutes are shown to start: their own tests run them through.
+SHORT = {"examples/train_multilabel.py": ["--help"], "bench": ["--help"], "bench.sass": ["--help"]}
+
+
+def check_command(command: list[str]) -> list[str]:
+    """What shows in seconds that a command of the documentation is right."""
+    if command[0] == "make":
+        return ["make", "--dry-run", *command[1:]]
+    if command[:2] == ["pip", "install"]:
+        return [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", *command[2:]]
+    assert command[0] == "python", f"no check for {shlex.join(command)!r}"
+    program = command[2] if command[1] == "-m" else command[1]
+    return [
+        sys.executable,
+        *command[1 : command.index(program) + 1],
+        *SHORT.get(program, command[command.index(program) + 1 :]),
+    ]
+
+
+@pytest.mark.parametrize(("language", "text"), BLOCKS)
+def test_code_block(language: str, text: str) -> None:
+    if language == "python":
+        exec(compile(text, "<documentation>", "exec"), {"__name__": "__main__"})
+    elif language == "sh":
+        for line in text.strip().splitlines():
+            command = shlex.split(line, comments=True)
+            variables = dict(word.split("=", 1) for word in command if re.fullmatch(r"[A-Z_]+=.*", word))
+            words = [word for word in command if not re.fullmatch(r"[A-Z_]+=.*", word)]
+            environment = {**os.environ, **variables}
+            result = subprocess.run(
+                check_command(words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert result.returncode == 0, result.stdout + result.stderr
+    else:
+        assert language == "text", f"a block in {language!r} has no test"
+
+
+@pytest.mark.parametrize("name", [name for name in bf.__all__ if name.lower() == name])
+def test_examples_of_docstrings(name: str) -> None:
+    examples = doctest.DocTestFinder().find(getattr(bf, name), name, globs={})
+    assert name == "set_backend" or any(test.examples for test in examples)
+    assert all(doctest.DocTestRunner().run(test).failed == 0 for test in examples)
