@@ -137,8 +137,8 @@ def binary_cross_entropy_with_logits(
     check_vector("pos_weight", pos_weight, "input", input)
 
     loss_dtype = target.dtype if target.is_floating_point() else input.dtype
-    if torch.is_autocast_enabled(input.device.type):
-        loss_dtype = torch.promote_types(loss_dtype, torch.float32)
+    if loss_dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        loss_dtype = torch.float32
     spec = Spec(
         formula="bce",
         params=(),

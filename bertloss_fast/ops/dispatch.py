@@ -18,17 +18,16 @@ except ImportError as error:  # Triton has no wheels outside Linux
 
 BACKENDS = ("triton", "eager")
 _TRITON_DEVICES = ("cuda", "xpu")
-_chosen: str | None = None
 
 
 def set_backend(backend: str | None) -> None:
     """Choose the backend of every call that names none: "triton", "eager", or None for the best that runs.
 
-    Takes precedence over the environment variable ``BERTLOSS_FAST_BACKEND``.
+    Takes the place of the environment variable ``BERTLOSS_FAST_BACKEND``, which is read at import.
     """
-    global _chosen
+    global _chosen, _source
     _check_name("backend", backend)
-    _chosen = backend
+    _chosen, _source = backend, "set_backend"
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
@@ -47,13 +46,11 @@ def why_not(backend: str, device: torch.device) -> str | None:
 def resolve(backend: str | None, device: torch.device) -> str:
     """The backend of a call: its argument, else `set_backend`'s, else the environment's, else the best that runs."""
     source = "backend"
-    if backend is None and _chosen is not None:
-        backend, source = _chosen, "set_backend"
-    if backend is None and "BERTLOSS_FAST_BACKEND" in os.environ:
-        backend, source = os.environ["BERTLOSS_FAST_BACKEND"] or None, "BERTLOSS_FAST_BACKEND"
-    _check_name(source, backend)
     if backend is None:
-        return "eager" if why_not("triton", device) else "triton"
+        if _chosen is None:
+            return "eager" if why_not("triton", device) else "triton"
+        backend, source = _chosen, _source
+    _check_name(source, backend)
     reason = why_not(backend, device)
     if reason is not None:
         raise ValueError(f"{source}: '{backend}' cannot run on device '{device}': {reason}")
@@ -63,6 +60,9 @@ def resolve(backend: str | None, device: torch.device) -> str:
 def _check_name(source: str, backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+
+
+_chosen, _source = os.environ.get("BERTLOSS_FAST_BACKEND") or None, "BERTLOSS_FAST_BACKEND"
 
 
 def needs_plain_operations() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -48,11 +49,33 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str) -> Tensor:
         return _differentiable(spec, operands, soft=operands.targets.is_floating_point())
     if not torch.is_grad_enabled() or not (operands.inputs.requires_grad or operands.targets.requires_grad):
         return _FORWARD[backend](spec, operands, _denominator(spec, operands), with_grad=False)[0]
-    small = operands.inputs.device.type == "cpu" and operands.inputs.numel() <= _block_size(operands.inputs)
-    if small and backend == "eager" and spec.formula in _SHORT_GRAPHS:
-        return _differentiable(spec, operands, soft=_has_soft_labels(operands.targets))
+    if (
+        backend == "eager"
+        and spec.formula in _SHORT_GRAPHS
+        and 0 < operands.inputs.numel() <= _CPU_BLOCK
+        and operands.inputs.device.type == "cpu"
+    ):
+        return _short_graph(spec, operands)
     loss: Tensor = _SigmoidLoss.apply(*operands, spec, backend)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _short_graph(spec: Spec, operands: Operands) -> Tensor:
+    """The loss as plain operations on a small CPU tensor, with their own autograd."""
+    loss, _ = _eager_block(spec, operands, 1.0, with_grad=False)
+    if spec.reduction != "none":
+        denominator = _denominator(spec, operands)
+        if isinstance(denominator, int):
+            loss = loss.sum() * _reciprocal(denominator, loss.dtype)
+        else:
+            loss = loss.sum() / denominator
+    return loss if loss.dtype == spec.loss_dtype else loss.to(spec.loss_dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _reciprocal(count: int, dtype: torch.dtype) -> Tensor:
+    """1 / count as a tensor: making one at each call costs as much as the sum that it scales."""
+    return torch.tensor(1 / count, dtype=dtype)
 
 
 class _SigmoidLoss(torch.autograd.Function):
