@@ -109,19 +109,19 @@ def _log1p_exponential(e):
 
 @triton.jit
 def log_sigmoids(v, FAST: tl.constexpr):
-    """p = sigmoid(-v), q = sigmoid(v), and their logarithms: (p, q, log p, log q).
+    """p = sigmoid(-v), q = sigmoid(v), and their negative logarithms: (p, q, -log p, -log q).
 
-    With v = (1 - 2y)x, p is the probability of the true label and q that of the wrong one. q and log p are relatively
-    accurate to the end of the exponent range: they are the loss and its gradient on well-classified elements.
+    With v = (1 - 2y)x, p is the probability of the true label and q that of the wrong one. q and -log p are relatively
+    accurate to the end of the exponent range: they are the gradient and the loss of well-classified elements.
     """
     if FAST:
-        log2_q = -_log2_approx(1.0 + tl.exp2(v * -LOG2E))
-        log_q = log2_q * LN2
-        q = tl.exp2(log2_q)
+        neg_log2_q = _log2_approx(1.0 + tl.exp2(v * -LOG2E))
+        neg_log_q = neg_log2_q * LN2
+        q = tl.exp2(-neg_log2_q)
         p = 1.0 - q  # only absolutely accurate: wherever p is small, it is added to a q near 1
-        # v - log q cancels where q is small; from q = 2^-5 on, three terms of -log(1 - q) are exact to 1e-5.
+        # v + -log q cancels where q is small; from q = 2^-5 on, three terms of -log(1 - q) are exact to 1e-5.
         series = q + q * q * (0.5 + 0.3333333 * q)
-        return p, q, -tl.where(q < 0.03125, series, v - log_q), log_q
+        return p, q, tl.where(q < 0.03125, series, v + neg_log_q), neg_log_q
     else:
         e = exp_scaled(-tl.abs(v), 1.0, False)
         larger = 1.0 / (1.0 + e)
@@ -130,15 +130,13 @@ def log_sigmoids(v, FAST: tl.constexpr):
         wrong = v > 0
         q = tl.where(wrong, larger, smaller)
         p = tl.where(wrong, smaller, larger)
-        return p, q, -(tl.where(wrong, v, 0.0) + log1p_e), tl.where(wrong, 0.0, v) - log1p_e
+        return p, q, tl.where(wrong, v, 0.0) + log1p_e, log1p_e - tl.where(wrong, 0.0, v)
 
 
 @triton.jit
-def power(base, log_base, EXPONENT: tl.constexpr, FAST: tl.constexpr):
-    """base^EXPONENT for base in [0, 1], by products for small integers: 0^0 = 1, and no logarithm of 0."""
-    if EXPONENT == 0:
-        return 1.0
-    elif EXPONENT == 1:
+def power(base, neg_log_base, EXPONENT: tl.constexpr, FAST: tl.constexpr):
+    """base^EXPONENT for base in [0, 1], by products for small integers."""
+    if EXPONENT == 1:
         return base
     elif EXPONENT == 2:
         return base * base
@@ -148,7 +146,7 @@ def power(base, log_base, EXPONENT: tl.constexpr, FAST: tl.constexpr):
         square = base * base
         return square * square
     else:
-        return exp_scaled(log_base, EXPONENT, FAST)
+        return exp_scaled(neg_log_base, -EXPONENT, FAST)
 
 
 _INTERPRETER_LOCK = threading.Lock()

@@ -23,32 +23,34 @@ from .device import LARGE, launch_scope, load_as, log_sigmoids, power, store_rou
 @triton.jit
 def bce(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
     """Binary cross-entropy and its slope."""
-    _, q, log_p, _ = log_sigmoids(v, FAST)
+    _, q, nll, _ = log_sigmoids(v, FAST)
     if soft is None:
-        return -log_p, q
+        return nll, q
     else:
         a, b, _ = soft
-        return -a * log_p - tl.where(b == 0, 0.0, b * v), a * q - b
+        return a * nll - tl.where(b == 0, 0.0, b * v), a * q - b
 
 
 @triton.jit
 def focal(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
     """Focal loss (Lin et al. 2017, arXiv:1708.02002) and its slope; PARAMS is (gamma,)."""
     GAMMA: tl.constexpr = PARAMS[0]
-    p, q, log_p, log_q = log_sigmoids(v, FAST)
+    if GAMMA == 0:
+        return bce(v, soft, PARAMS, FAST)
+    p, q, nll, neg_log_q = log_sigmoids(v, FAST)
     # An infinite logit has p = 0 and an infinite loss, whose product is 0.
     if soft is None:
-        modulation = power(q, log_q, GAMMA, FAST)
-        growth = -p * tl.maximum(log_p, -LARGE)
-        return -modulation * log_p, modulation * (GAMMA * growth + q)
+        modulation = power(q, neg_log_q, GAMMA, FAST)
+        growth = p * tl.minimum(nll, LARGE)
+        return modulation * nll, modulation * (GAMMA * growth + q)
     else:
         ce, slope = bce(v, soft, PARAMS, FAST)
         _, _, d = soft
         m = q + d * (p - q)
         # m underflows before its logarithm does, and only where d is 0.
-        log_m = tl.where(d == 0, log_q, tl.log(m))
+        neg_log_m = tl.where(d == 0, neg_log_q, -tl.log(m))
         relative_slope = tl.where(d == 0, p, p * q * (1.0 - 2.0 * d) / tl.where(d == 0, 1.0, m))
-        modulation = power(m, log_m, GAMMA, FAST)
+        modulation = power(m, neg_log_m, GAMMA, FAST)
         growth = relative_slope * tl.minimum(ce, LARGE)
         return modulation * ce, modulation * (GAMMA * growth + slope)
 

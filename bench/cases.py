@@ -1,0 +1,137 @@
+"""What is measured: a case is a row of a family's table, a provider is one who computes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SUITES = ("sigmoid", "small", "memory")
+MeanLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Forward and backward of a mean loss. The suite says what is asked: time, time with the host's part, or memory.
+
+    ``pages`` matters on a CPU only: whether the allocator keeps freed memory, or hands it back and has the system clear
+    fresh pages for every large tensor. Left alone, glibc does either at this size, by luck, and PyTorch's dozen
+    temporaries take four times as long with the one as with the other.
+    """
+
+    suite: str
+    loss: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    target_dtype: torch.dtype
+    upstream: float = 1.0
+    pages: str = "kept"
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def floor_bytes(self) -> int:
+        """Logits and targets read once, the gradient written once."""
+        return self.numel * (2 * self.dtype.itemsize + self.target_dtype.itemsize)
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def title(self) -> str:
+        rows, labels = self.shape
+        scaled = "" if self.upstream == 1 else f", upstream {self.upstream:.2g}"
+        pages = "" if self.pages == "kept" else f", {self.pages} pages"
+        return f"{self.loss}, {rows} x {labels} {name(self.dtype)}, {name(self.target_dtype)} targets{scaled}{pages}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"dtype": name(self.dtype), "target_dtype": name(self.target_dtype)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Case:
+        dtypes = {key: getattr(torch, fields[key]) for key in ("dtype", "target_dtype")}
+        return cls(**(fields | dtypes | {"shape": tuple(fields["shape"])}))
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Provider(NamedTuple):
+    """One who computes a family's losses: of each, its label in a table and the function of the mean loss."""
+
+    name: str
+    losses: dict[str, tuple[str, MeanLoss]]
+    why_not: Callable[[torch.device], str | None] = lambda device: None
+    ours: bool = False
+
+
+class Quartiles(NamedTuple):
+    low: float
+    median: float
+    high: float
+
+
+@dataclass
+class Row:
+    """What was found about one provider in one case: "ok", or "skipped", "wrong" or "failed" and a note why."""
+
+    case: Case
+    provider: str
+    label: str
+    ours: bool = False
+    status: str = "ok"
+    note: str = ""
+    loss_error: float | None = None
+    grad_error: float | None = None
+    seconds: Quartiles | None = None
+    samples: int = 0
+    peak_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"case": self.case.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Row:
+        seconds = fields["seconds"] and Quartiles(*fields["seconds"])
+        return cls(**(fields | {"case": Case.from_json(fields["case"]), "seconds": seconds}))
+
+
+def start_rows(case: Case, providers: Iterable[Provider], device: torch.device) -> list[Row]:
+    """A row for each provider that has the case's loss; those that cannot run say so."""
+    rows = []
+    for provider in providers:
+        if case.loss in provider.losses:
+            reason = provider.why_not(device)
+            label = provider.losses[case.loss][0]
+            rows.append(Row(case, provider.name, label, provider.ours, "skipped" if reason else "ok", reason or ""))
+    return rows
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line without the paths that it may name."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {re.sub(r'/[^ ]+/', '', lines[0])}"[:100]
+
+
+def make_data(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits up to about ±20, so that saturation is met, and every tenth label positive."""
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = torch.empty(case.shape, dtype=case.dtype, device=device).normal_(0, 4, generator=generator)
+    targets = torch.empty(case.shape, dtype=case.target_dtype, device=device).bernoulli_(0.1, generator=generator)
+    return inputs.requires_grad_(), targets
+
+
+def step(case: Case, loss: MeanLoss, inputs: Tensor, targets: Tensor) -> Tensor:
+    """One forward and backward pass."""
+    inputs.grad = None
+    value = loss(inputs, targets)
+    value.backward(None if case.upstream == 1 else torch.full_like(value, case.upstream))
+    return value.detach()

@@ -1,0 +1,118 @@
+"""What is shown of a run: tables in the terminal and the page of benchmarks in docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .cases import SUITES, Row
+from .measure import COPY
+from .results import Results
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCS = ROOT / "docs" / "benchmarks.md"
+
+_TIME_HEADER = ("", "time", "quartiles", "speed against PyTorch", "speed against a copy", "error")
+_MEMORY_HEADER = ("", "MiB", "in logits tensors")
+
+_HEADINGS = {
+    "sigmoid": "Multi-label losses, forward and backward",
+    "small": "A small batch: the host's part counts",
+    "memory": "Peak memory beyond the inputs, forward and backward",
+}
+_INTRODUCTION = """# Benchmarks
+
+`make bench` writes this page from the newest file of each device in [bench/results](../bench/results), and
+`python -m bench report` writes it again; edits here are lost. All providers of a case take turns in one run, on inputs
+that rotate through more memory than the last cache holds; times are medians, with the quartiles beside them. Before it
+is timed, each one's loss and gradient are compared with float64; the error is the gradient's, in units of its largest
+element. The floor is the logits and targets read once and the gradient written once; the copy moves as many bytes.
+The loss is the mean; upstream is what its gradient is multiplied by (1 unless it is named).
+
+On a CPU each case has a process of its own. Its allocator keeps freed memory, as jemalloc or a warm heap does, or,
+where it says "fresh pages", hands large tensors back at once, as glibc does with any above 32 MiB; the system then
+clears new pages for each temporary, which is most of an unfused formula's time. Left to itself glibc does either at
+these sizes. Small batches run on one thread.
+"""
+
+
+def case_table(rows: list[Row]) -> str:
+    """A case for the terminal: its title and a line for each provider."""
+    header = _MEMORY_HEADER if rows[0].case.suite == "memory" else _TIME_HEADER
+    return f"{rows[0].case.title}\n{tabulate(_lines(rows), header, disable_numparse=True)}\n"
+
+
+def claims_table(claims: Iterable[dict[str, Any]], style: str = "simple") -> str:
+    lines = [(c["claim"], f"{c['measured']:.2f}", c["bound"], "met" if c["met"] else "NOT MET") for c in claims]
+    return tabulate(lines, ("claim", "measured", "bound", ""), tablefmt=style, disable_numparse=True)
+
+
+def write_docs(results: Path = RESULTS, page: Path = DOCS) -> None:
+    """Write the page of benchmarks from the newest file of each device."""
+    newest = {}
+    for path in sorted(results.glob("*.json")):
+        run = Results.load(path)
+        newest[run.environment["name"]] = run
+    page.write_text("\n".join([_INTRODUCTION, *map(_section, newest.values())]))
+
+
+def _section(run: Results) -> str:
+    env = run.environment
+    where = (
+        f"{env['name']}, {env['threads']} threads" if env["device"] == "cpu" else f"{env['name']}, CUDA {env['cuda']}"
+    )
+    versions = f"torch {env['torch']}, Triton {env['triton']}, Python {env['python']}, {env['date']}"
+    parts = [f"## {where}\n\n{versions}. bertloss-fast {env['bertloss_fast']}.\n"]
+    for suite in SUITES:
+        rows = [row for row in run.rows if row.case.suite == suite]
+        if rows:
+            parts.append(f"### {_HEADINGS[suite]}\n\n{_suite_table(rows)}\n")
+    if run.claims:
+        parts.append(f"### What the project holds itself to\n\n{claims_table(run.claims, 'github')}\n")
+    return "\n".join(parts)
+
+
+def _suite_table(rows: list[Row]) -> str:
+    """A suite as one Markdown table, each case's title on a line of its own."""
+    header = _MEMORY_HEADER if rows[0].case.suite == "memory" else _TIME_HEADER
+    lines: list[tuple[str, ...]] = []
+    for case in dict.fromkeys(row.case for row in rows):
+        lines.append((f"**{case.title}**", *[""] * (len(header) - 1)))
+        lines += _lines([row for row in rows if row.case == case])
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def _lines(rows: list[Row]) -> list[tuple[str, ...]]:
+    """The lines of one case; why a figure is missing stands in its place."""
+    medians = {row.provider: row.seconds.median for row in rows if row.seconds}
+    return [(row.label, *(_memory(row) if row.case.suite == "memory" else _time(row, medians))) for row in rows]
+
+
+def _memory(row: Row) -> tuple[str, ...]:
+    if row.peak_bytes is None:
+        return _why(row), ""
+    return f"{row.peak_bytes / 2**20:.1f}", f"{row.peak_bytes / row.case.logits_bytes:.2f}"
+
+
+def _time(row: Row, medians: dict[str, float]) -> tuple[str, ...]:
+    if row.seconds is None:
+        return (_why(row), *[""] * 4)
+    against = (medians.get("pytorch"), medians.get(COPY))
+    return (
+        _duration(row.seconds.median),
+        f"{_duration(row.seconds.low)} to {_duration(row.seconds.high)}",
+        *("" if other is None else f"{other / row.seconds.median:.2f}" for other in against),
+        "" if row.grad_error is None else f"{row.grad_error:.0e}",
+    )
+
+
+def _why(row: Row) -> str:
+    return row.note if row.status == "skipped" else f"{row.status}: {row.note}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

@@ -1,0 +1,74 @@
+"""A run as it is kept: a JSON file in bench/results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bertloss_fast
+from bertloss_fast.ops import dispatch
+
+from .cases import Row
+
+
+@dataclass
+class Results:
+    """The rows of a run, the verdicts on our claims, and what the figures depend on."""
+
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def path_name(self) -> str:
+        device = re.sub(r"[^a-z0-9]+", "-", self.environment["name"].lower()).strip("-")
+        return f"{device}-{self.environment['date']}.json"
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.path_name
+        content = {
+            "environment": self.environment,
+            "claims": self.claims,
+            "rows": [row.to_json() for row in self.rows],
+        }
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        content = json.loads(path.read_text())
+        return cls(content["environment"], [Row.from_json(row) for row in content["rows"]], content["claims"])
+
+
+def environment(device: torch.device, quick: bool) -> dict[str, Any]:
+    """What the figures depend on; nothing that names a host, a user or a path."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "date": datetime.date.today().isoformat(),
+        "bertloss_fast": bertloss_fast.__version__,
+        "torch": torch.__version__,
+        "triton": None if dispatch.TRITON_ERROR else metadata.version("triton"),
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "quick": quick,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return found.group(1) if found else platform.machine()

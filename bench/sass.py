@@ -1,0 +1,239 @@
+"""What the kernels compile to, read from their machine code. Needs no GPU and no driver.
+
+    python -m bench.sass [--arch sm_90 ...] [--only "focal 2" ...] [--json]
+
+Counts are those of the loop over full tiles, divided by the elements that a thread handles in one turn. What surrounds
+it, the masked copy of the loop for the last tile and the sums, runs once a program and is counted apart.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from bertloss_fast.kernels import device
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+from .variants import VARIANTS
+
+ARCHS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class _Driver:
+    """As much of a GPU's driver as compiling asks for. The target is the device too: Triton keeps kernels by device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    get_current_device = get_current_target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
+    """Compile what launchers launch on meta tensors, and run none of it.
+
+    One kind of GPU a process: whether kernels hold PTX is a constant, which Triton does not let change.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing")
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append(run(kernel, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(_Driver(target))
+    device.USE_PTX = tl.constexpr(target.backend == "cuda")
+    meta = SimpleNamespace(device_of=nullcontext)  # what launchers ask of a tensor's device
+    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch, "meta", meta, create=True):
+        yield kernels
+
+
+class Instruction(NamedTuple):
+    opcode: str
+    jump: int | None = None  # the index of the instruction that a branch leads to
+
+
+class Code(NamedTuple):
+    """A kernel's machine code, with the registers and the memory that it asks for."""
+
+    instructions: list[Instruction]
+    registers: int
+    stack: int  # bytes
+    spills: int  # accesses to the stack; for AMD, registers moved to it or to another kind of register
+
+    def loops(self) -> list[list[Instruction]]:
+        """The loops that read global memory, in the order of the code."""
+        ends: dict[int, int] = {}
+        for index, (_, jump) in enumerate(self.instructions):
+            if jump is not None and jump < index:  # a jump to itself only pads the end
+                ends[jump] = index + 1
+        bodies = [self.instructions[start:end] for start, end in sorted(ends.items())]
+        return [body for body in bodies if widths(body, "load")]
+
+
+def parse_sass(text: str) -> Code:
+    """The output of ``cuobjdump -sass -res-usage``."""
+    lines = re.findall(r"^\s+/\*(\w{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
+    index_of = {int(address, 16): index for index, (address, _, _) in enumerate(lines)}
+    instructions = []
+    for _, opcode, operands in lines:
+        target = re.search(r"0x(\w+)\s*$", operands) if opcode.startswith("BRA") else None
+        instructions.append(Instruction(opcode, index_of[int(target[1], 16)] if target else None))
+    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    spills = sum(opcode.startswith(("LDL", "STL")) for opcode, _ in instructions)
+    return Code(instructions, usage["REG"], usage["STACK"] + usage["LOCAL"], spills)
+
+
+def parse_amdgcn(text: str) -> Code:
+    """The assembly of LLVM's AMDGPU target."""
+    lines: list[tuple[str, str]] = []
+    index_of = {}
+    for label, opcode, operands in re.findall(r"^(?:(\.L\w+):|\t([a-z]\w+)([^;\n]*))", text, re.MULTILINE):
+        if label:
+            index_of[label] = len(lines)
+        else:
+            lines.append((opcode, operands.strip()))
+    instructions = [
+        Instruction(opcode, index_of[operands] if re.match(r"s_c?branch", opcode) else None)
+        for opcode, operands in lines
+    ]
+    notes = {name: int(number) for name, number in re.findall(r"^ +\.(\w+): +(\d+)$", text, re.MULTILINE)}
+    spills = notes["sgpr_spill_count"] + notes["vgpr_spill_count"]
+    return Code(instructions, notes["vgpr_count"], notes["private_segment_fixed_size"], spills)
+
+
+def machine_code(kernel: CompiledKernel) -> Code:
+    if "amdgcn" in kernel.asm:
+        return parse_amdgcn(kernel.asm["amdgcn"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", cubin.name]
+        return parse_sass(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+_WIDTHS |= {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def widths(instructions: Iterable[Instruction], kind: str) -> dict[str, int]:
+    """How many loads or stores of global memory there are of each width in bytes, in JSON's terms."""
+    counts: Counter[int] = Counter()
+    for opcode, _ in instructions:
+        if opcode.startswith({"load": "LDG", "store": "STG"}[kind]):
+            counts[next((_WIDTHS[part] for part in opcode.split(".") if part in _WIDTHS), 4)] += 1
+        elif match := re.match(rf"(?:global|buffer|flat)_{kind}_[us]?(byte|short|dword(?:x\d)?)", opcode):
+            counts[_WIDTHS[match[1]]] += 1
+    return {str(width): number for width, number in sorted(counts.items())}
+
+
+def _count(instructions: Iterable[Instruction], pattern: str) -> int:
+    return sum(re.match(pattern, opcode) is not None for opcode, _ in instructions)
+
+
+class Report(NamedTuple):
+    """What a variant costs on an architecture."""
+
+    arch: str
+    variant: str
+    registers: int
+    stack: int
+    spills: int
+    loops: int  # two: full tiles, and the rest
+    once: int  # instructions outside the first
+    # of the first loop
+    elements: int  # of a thread, in one turn
+    instructions: float  # per element
+    special: float  # functions per element
+    loads: dict[str, int]  # in one turn: width in bytes, number
+    stores: dict[str, int]
+    exchanges: int  # shared memory, shuffles and barriers
+
+
+def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
+    code = machine_code(kernel)
+    loops = code.loops()
+    # Full tiles come first in the source, and the compilers keep it so.
+    body = loops[0] if loops else []
+    block = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
+    elements = block // (kernel.metadata.num_warps * ARCHS[arch].warp_size)
+    return Report(
+        arch,
+        variant,
+        code.registers,
+        code.stack,
+        code.spills,
+        len(loops),
+        len(code.instructions) - len(body),
+        elements,
+        len(body) / elements,
+        _count(body, r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_") / elements,
+        widths(body, "load"),
+        widths(body, "store"),
+        _count(body, r"BAR\b|LDS|STS|SHFL|s_barrier|ds_"),
+    )
+
+
+def _reports_of(arch: str, variants: list[str]) -> list[Report]:
+    reports = []
+    with compiling(ARCHS[arch]) as kernels:
+        for variant in variants:
+            VARIANTS[variant].launch()
+            reports.append(report(arch, variant, kernels.pop()))
+    return reports
+
+
+def reports(archs: list[str], variants: list[str]) -> list[Report]:
+    """Compile and report, in one process an architecture."""
+    with multiprocessing.get_context("spawn").Pool(min(len(archs), os.cpu_count() or 1), maxtasksperchild=1) as pool:
+        by_arch = pool.starmap(_reports_of, [(arch, variants) for arch in archs], chunksize=1)
+    return [report for reports in by_arch for report in reports]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--json", action="store_true", help="print records instead of the table")
+    args = parser.parse_args()
+    rows = reports(args.arch, args.only)
+    if args.json:
+        print(json.dumps([row._asdict() for row in rows]))
+        return
+    print(f"{'':33} instr/el special/el registers spills exchanges  once  loads; stores (bytes x number)")
+    for row in rows:
+        loads, stores = (" ".join(f"{w}x{n}" for w, n in counts.items()) for counts in (row.loads, row.stores))
+        print(
+            f"{row.arch:7}{row.variant:26} {row.instructions:8.2f} {row.special:10.2f} {row.registers:9} "
+            f"{row.spills:6} {row.exchanges:9} {row.once:5}  {loads}; {stores}"
+        )
+
+
+if __name__ == "__main__":
+    main()

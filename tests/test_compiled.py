@@ -1,0 +1,146 @@
+"""Every variant of the kernels, compiled for four GPUs without having one, and judged by its machine code."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheels outside Linux")
+
+from bertloss_fast.kernels import budgets
+
+from bench.sass import ARCHS, Instruction, Report, parse_amdgcn, parse_sass, widths
+from bench.variants import VARIANTS, Sigmoid
+
+ROOT = Path(__file__).parents[1]
+SIGMOID = {name: variant for name, variant in VARIANTS.items() if isinstance(variant, Sigmoid)}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Report]:
+    """In a process of its own: here, the kernels belong to the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "bench.sass", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [Report(**row) for row in json.loads(done.stdout)]
+    return {(row.arch, row.variant): row for row in rows}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_suffice(reports: dict[tuple[str, str], Report], arch: str, variant: str) -> None:
+    report = reports[arch, variant]
+    assert 0 < report.registers <= 255
+    assert (report.spills, report.stack) == (0, 0)
+
+
+def whole(size: int) -> Counter[str]:
+    """The fewest accesses to so many consecutive bytes."""
+    return Counter({"16": size // 16} if size >= 16 else {str(size): 1})
+
+
+@pytest.mark.parametrize("variant", SIGMOID)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_memory_is_accessed_in_full_vectors(reports: dict[tuple[str, str], Report], arch: str, variant: str) -> None:
+    """Nothing is read twice, by the element or through other threads, where alignment does not force it."""
+    report, launch = reports[arch, variant], SIGMOID[variant]
+    assert report.loops == 2, "one over full tiles, one over the rest"
+    assert report.exchanges == 0
+
+    def contiguous(dtype: torch.dtype) -> Counter[str]:
+        return whole(report.elements * dtype.itemsize)
+
+    def by_label(dtype: torch.dtype, stride: int = 0) -> Counter[str]:
+        aligned = launch.num_labels % report.elements == 0 and stride % report.elements == 0
+        return contiguous(dtype) if aligned else Counter({str(dtype.itemsize): report.elements})
+
+    logits = contiguous(launch.inputs)
+    if ARCHS[arch].backend == "cuda":
+        assert logits == {"16": 1}
+    loads = contiguous(launch.targets)
+    loads += logits if launch.row_stride is None else by_label(launch.inputs, launch.row_stride)
+    if launch.step == "backward none":
+        loads += logits
+    for operand in (launch.alpha, launch.weight, launch.pos_weight):
+        if operand == "[L]":
+            loads += by_label(launch.compute_dtype)
+        elif operand == "[N, L]":
+            loads += contiguous(launch.compute_dtype)
+    assert report.loads == loads
+    assert report.stores == ({} if launch.step == "loss" else logits)
+
+
+@pytest.mark.parametrize("variant", SIGMOID)
+def test_cost_is_within_budget(reports: dict[tuple[str, str], Report], variant: str) -> None:
+    report, budget = reports["sm_90", variant], budgets.SIGMOID[variant]
+    assert 0 < report.special <= budget.special
+    assert report.special < report.instructions <= budget.instructions
+
+
+def test_every_budget_has_its_kernel() -> None:
+    assert set(budgets.SIGMOID) == set(SIGMOID)
+
+
+def test_sass_is_understood() -> None:
+    """A loop that loads, a predicated load and a spill in it, a loop that only counts, and the padding at the end."""
+    code = parse_sass(
+        """
+ Function _kernel:
+  REG:24 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:560
+        /*0000*/                   MOV R1, c[0x0][0x28] ;              /* 0x0000000000017802 */
+                                                                      /* 0x000fe20000000f00 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;    /* 0x0000000000047981 */
+        /*0020*/              @!P0 LDG.E.U16 R8, [R2.64+0x8] ;         /* 0x0000000000087981 */
+        /*0030*/                   LDG.E R9, [R2.64+0x10] ;            /* 0x0000000000097981 */
+        /*0040*/                   STL [R1], R4 ;                      /* 0x0000000000007387 */
+        /*0050*/              @!P1 BRA 0x70 ;                          /* 0x0000000000009947 */
+        /*0060*/                   LDL.64 R4, [R1] ;                   /* 0x0000000000047983 */
+        /*0070*/                   STG.E.64 [R2.64], R4 ;              /* 0x0000000000007986 */
+        /*0080*/              @!P0 BRA 0x10 ;                          /* 0x0000000000008947 */
+        /*0090*/                   IADD3 R0, R0, 0x1, RZ ;             /* 0x0000000000007810 */
+        /*00a0*/               @P2 BRA 0x90 ;                          /* 0x0000000000002947 */
+        /*00b0*/                   EXIT ;                              /* 0x000000000000794d */
+        /*00c0*/                   BRA 0xc0;                           /* 0x0000000000007947 */
+"""
+    )
+    assert (code.registers, code.stack, code.spills) == (24, 24, 2)
+    assert len(code.instructions) == 13
+    [body] = code.loops()
+    assert (body[0].opcode, body[-1]) == ("LDG.E.128", Instruction("BRA", 1))
+    assert widths(body, "load") == {"2": 1, "4": 1, "16": 1}
+    assert widths(body, "store") == {"8": 1}
+
+
+def test_amdgcn_is_understood() -> None:
+    code = parse_amdgcn(
+        """
+_kernel:                                ; @_kernel
+	.loc	1 1 0
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	buffer_load_dwordx4 v[0:3], v9, s[4:7], 0 offen
+	global_load_ushort v4, v[0:1], off
+	s_cbranch_execz .LBB0_2
+	v_exp_f32_e32 v5, v5
+.LBB0_2:
+	global_store_short v[0:1], v4, off
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+    .private_segment_fixed_size: 12
+    .sgpr_spill_count: 1
+    .vgpr_count:     46
+    .vgpr_spill_count: 2
+"""
+    )
+    assert (code.registers, code.stack, code.spills) == (46, 12, 3)
+    [body] = code.loops()
+    assert [opcode for opcode, _ in body][::5] == ["buffer_load_dwordx4", "s_cbranch_scc1"]
+    assert widths(body, "load") == {"2": 1, "16": 1}
+    assert widths(body, "store") == {"2": 1}

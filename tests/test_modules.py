@@ -1,0 +1,145 @@
+"""The losses as modules, and inside what torch transforms."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bertloss_fast as bf
+
+L = 6
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "focal": lambda: bf.SigmoidFocalLoss(None, 1.5, "mean"),
+    "focal-by-label": lambda: bf.SigmoidFocalLoss(
+        torch.linspace(0, 1, L), reduction="batchmean", weight=torch.arange(1.0, L + 1), pos_weight=torch.tensor(2.0)
+    ),
+    "bce": lambda: bf.BCEWithLogitsLoss(),
+    "bce-weighted": lambda: bf.BCEWithLogitsLoss(torch.arange(1.0, L + 1), reduction="sum", pos_weight=torch.ones(L)),
+}
+
+
+def batch(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(4, L, generator=generator)).to(device, dtype).requires_grad_()
+    return x, (torch.rand(4, L, generator=generator) < 0.4).to(device)
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_give_the_same_loss(
+    name: str, through: Callable[[nn.Module], nn.Module], device: torch.device, backend: str
+) -> None:
+    module = MODULES[name]().to(device)
+    module.backend = backend
+    x, y = batch(device)
+    torch.testing.assert_close(through(module)(x, y), module(x, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_state_dict_restores_the_weights(name: str, device: torch.device) -> None:
+    module, other = MODULES[name]().to(device), MODULES[name]().to(device)
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(module.state_dict())
+    x, y = batch(device)
+    torch.testing.assert_close(other(x, y), module(x, y), rtol=0, atol=0)
+
+
+def test_state_dict_is_that_of_torch(device: torch.device) -> None:
+    theirs = nn.BCEWithLogitsLoss(weight=torch.rand(L), pos_weight=torch.rand(L)).to(device)
+    ours = bf.BCEWithLogitsLoss(weight=torch.ones(L), pos_weight=torch.ones(L)).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    x, y = batch(device)
+    torch.testing.assert_close(ours(x, y.float()), theirs(x, y.float()))
+
+
+@pytest.mark.parametrize(("size_average", "reduce"), [(True, None), (False, None), (None, False), (True, False)])
+def test_deprecated_arguments_as_in_torch(size_average: bool | None, reduce: bool | None, device: torch.device) -> None:
+    x, y = batch(device)
+    arguments = {"size_average": size_average, "reduce": reduce}
+    with pytest.warns(UserWarning, match="deprecated"):
+        ours = bf.BCEWithLogitsLoss(**arguments)(x, y)
+    with pytest.warns(UserWarning, match="deprecated"):
+        theirs = nn.BCEWithLogitsLoss(**arguments)(x, y.float())
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_to_moves_and_casts_the_weights(device: torch.device) -> None:
+    module = MODULES["focal-by-label"]().to(device, torch.float64)
+    assert {(buffer.device.type, buffer.dtype) for buffer in module.buffers()} == {(device.type, torch.float64)}
+    assert "gamma=2.0" in repr(module)
+    assert "alpha=[6 labels]" in repr(module)
+
+
+def test_autocast_gives_torch_s_dtype(device: torch.device, backend: str) -> None:
+    x, y = batch(device, torch.bfloat16)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        theirs = nn.BCEWithLogitsLoss()(x, y.bfloat16())
+        ours = bf.BCEWithLogitsLoss(backend=backend)(x, y)
+        assert bf.sigmoid_focal_loss(x, y, backend=backend).dtype == torch.float32
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "vmap-grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
+    "compile": lambda f, x: torch.compile(f, fullgraph=True, backend="aot_eager")(x),
+    "forward-mode": lambda f, x: torch.autograd.functional.jvp(f, x, torch.ones_like(x))[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_inside_what_torch_transforms(loss: str, transform: str, device: torch.device, backend: str) -> None:
+    x, y = batch(device, torch.float64)
+    x = x.detach()
+
+    def ours(x: Tensor) -> Tensor:
+        if loss == "bce":
+            return bf.binary_cross_entropy_with_logits(x, y, backend=backend)
+        return bf.sigmoid_focal_loss(x, y, reduction="mean", backend=backend)
+
+    def theirs(x: Tensor) -> Tensor:
+        q = torch.where(y, (-x).sigmoid(), x.sigmoid())
+        weight = 1 if loss == "bce" else q**2 * torch.where(y, 0.25, 0.75)
+        return (weight * -(1 - q).log()).mean()
+
+    torch.testing.assert_close(TRANSFORMS[transform](ours, x), TRANSFORMS[transform](theirs, x))
+
+
+def test_gradient_of_a_compiled_loss(device: torch.device) -> None:
+    x, y = batch(device)
+    module = bf.SigmoidFocalLoss(reduction="mean")
+    (expected,) = torch.autograd.grad(module(x, y), x)
+    (grad,) = torch.autograd.grad(torch.compile(module, fullgraph=True, backend="aot_eager")(x, y), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_gradient_accumulation_and_a_scaled_loss(device: torch.device, backend: str) -> None:
+    """What GradScaler and transformers' Trainer do: scale the loss in place, and add gradients up."""
+    x, y = batch(device)
+    module = bf.SigmoidFocalLoss(reduction="mean", backend=backend)
+    (expected,) = torch.autograd.grad(module(x, y), x)
+    for _ in range(4):
+        loss = module(x, y)
+        loss *= 0.25
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected)
