@@ -132,6 +132,16 @@ def test_gradients_of_higher_order_and_of_soft_targets(loss: str, backend: str, 
     assert torch.autograd.gradgradcheck(both, (x, y), fast_mode=True)
 
 
+@pytest.mark.parametrize("loss", ["bce", "focal-2.0"])
+def test_gradient_of_a_soft_target_that_happens_to_be_hard(loss: str, backend: str, device: torch.device) -> None:
+    function, oracle, options = LOSSES[loss]
+    x = logits(3, LABELS, device=device)
+    y = (uniform(3, LABELS, device=device) < 0.5).double().requires_grad_()
+    ours = torch.autograd.grad(function(x, y, reduction="mean", backend=backend, **options), (x, y))
+    theirs = torch.autograd.grad(oracle(x, y, reduction="mean", **options), (x, y))
+    torch.testing.assert_close(ours, theirs, **DOUBLE)
+
+
 shapes = st.one_of(
     st.tuples(st.integers(0, 40), st.integers(1, 70)),
     st.tuples(st.integers(1, 3000)),

@@ -28,13 +28,19 @@ class Soft(NamedTuple):
     distance: Tensor
 
 
-def bce(v: Tensor, soft: Soft | None, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Binary cross-entropy, and its slope in v."""
-    return _cross_entropy(v, soft), _cross_entropy_slope(torch.sigmoid(v), soft) if slope else None
+Weight = Tensor | float | None
 
 
-def focal(v: Tensor, soft: Soft | None, gamma: float, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Focal loss, and its slope in v."""
+def bce(v: Tensor, soft: Soft | None, weight: Weight, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+    """``weight`` times binary cross-entropy, and its slope in v."""
+    loss = _weighted(_cross_entropy(v, soft), weight)
+    return loss, _weighted(_cross_entropy_slope(torch.sigmoid(v), soft), weight) if slope else None
+
+
+def focal(
+    v: Tensor, soft: Soft | None, weight: Weight, gamma: float, slope: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """``weight`` times the focal loss, and its slope in v."""
     ce = _cross_entropy(v, soft)
     q, p = torch.sigmoid(v), torch.sigmoid(-v)
     if soft is None:
@@ -44,31 +50,39 @@ def focal(v: Tensor, soft: Soft | None, gamma: float, slope: bool = True) -> tup
         m = (q + soft.distance * (p - q)).clamp_min(torch.finfo(v.dtype).tiny)
         modulation = _power(m, gamma, lambda: m.log())
         growth = p * q * (1 - 2 * soft.distance) / m
+    modulation = _weighted(modulation, weight)
     loss = modulation * ce
     if not slope:
         return loss, None
-    # An infinite logit has p = 0 and an infinite loss, whose product is 0.
-    growth = growth * ce.clamp_max(torch.finfo(v.dtype).max)
-    return loss, modulation * torch.add(_cross_entropy_slope(q, soft), growth, alpha=gamma)
+    # In place from here: who asks for a slope records no graph. An infinite logit has p = 0 and an infinite loss, whose
+    # product is 0.
+    growth *= ce.clamp_max_(torch.finfo(v.dtype).max)
+    torch.add(_cross_entropy_slope(q, soft), growth, alpha=gamma, out=growth)
+    return loss, growth.mul_(modulation)
+
+
+def _weighted(value: Tensor, weight: Weight) -> Tensor:
+    return value if weight is None else value * weight
 
 
 def _cross_entropy(v: Tensor, soft: Soft | None) -> Tensor:
     loss = softplus(v, threshold=_LINEAR)
     if soft is None:
         return loss
-    return soft.whole * loss - torch.where(soft.rejected == 0, 0.0, soft.rejected * v)
+    # 0 * inf is 0 here: an infinite logit costs nothing that its label does not ask for.
+    return soft.whole * loss - torch.nan_to_num(soft.rejected * v, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _cross_entropy_slope(q: Tensor, soft: Soft | None) -> Tensor:
     return q if soft is None else soft.whole * q - soft.rejected
 
 
-def _power(base: Tensor, exponent: float, log_base: Callable[[], Tensor]) -> Tensor | float:
+def _power(base: Tensor, exponent: float, log_base: Callable[[], Tensor]) -> Tensor:
     """base ** exponent by products for small integers, so that 0 ** 0 is 1 and no derivative divides by a zero base."""
     if exponent == 0:
-        return 1.0
+        return torch.ones_like(base)
     if exponent in (1, 2, 3, 4):
-        return base if exponent == 1 else base ** int(exponent)
+        return base if exponent == 1 else base * base if exponent == 2 else base ** int(exponent)
     return torch.exp(exponent * log_base())
 
 
@@ -88,8 +102,9 @@ def elementwise(
     dtype: torch.dtype,
     soft: bool,
     slope: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``scale`` times the loss of every element, and on request its derivative in ``inputs``, in ``dtype``.
+    """``scale`` times the loss of every element, and on request its derivative in ``inputs`` (which ``out`` can take).
 
     ``soft=False`` promises that every target is 0 or 1, and takes a third of the time. Hard labels are selected by
     arithmetic: it is exact, and on the CPU several times as fast as ``torch.where`` on a mask.
@@ -102,23 +117,20 @@ def elementwise(
         labels = _soft(y, hard, sign, pos_weight)
     else:
         sign = torch.sub(_ONE, y, alpha=2)
-    loss, loss_slope = FORMULAS[formula](sign * x, labels, *params, slope=slope)
-
     # A number is folded into alpha's two values. An upstream gradient is not: it may be infinite, and 0 * inf is NaN.
-    factor: float | Tensor = 1.0 if isinstance(scale, Tensor) else scale
+    number = 1.0 if isinstance(scale, Tensor) else scale
+    factor: Weight = number if number != 1 else None
     if alpha is not None:
         alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
-        factor = y * ((2 * alpha - 1) * factor) + (1 - alpha) * factor
+        factor = y * ((2 * alpha - 1) * number) + (1 - alpha) * number
     if weight is not None:
-        factor = factor * weight.to(dtype)
+        factor = _weighted(weight.to(dtype), factor)
     if pos_weight is not None and not soft:
-        factor = factor * (y * (pos_weight.to(dtype) - 1) + 1)
+        factor = _weighted(y * (pos_weight.to(dtype) - 1) + 1, factor)
     if isinstance(scale, Tensor):
-        factor = factor * scale
-    if isinstance(factor, Tensor) or factor != 1:
-        loss = loss * factor
-        sign = sign * factor
-    return loss, loss_slope * sign if loss_slope is not None else None
+        factor = _weighted(scale, factor)
+    loss, loss_slope = FORMULAS[formula](sign * x, labels, factor, *params, slope=slope)
+    return loss, None if loss_slope is None else torch.mul(loss_slope, sign, out=out)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
