@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .results import Results
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+_README_FIGURES = re.compile(r"(?<=<!-- written by make bench -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 _TIME_HEADER = ("", "time", "quartiles", "speed against PyTorch", "speed against a copy", "error")
 _MEMORY_HEADER = ("", "MiB", "in logits tensors")
@@ -51,22 +54,29 @@ def claims_table(claims: Iterable[dict[str, Any]], style: str = "simple") -> str
     return tabulate(lines, ("claim", "measured", "bound", ""), tablefmt=style, disable_numparse=True)
 
 
-def write_docs(results: Path = RESULTS, page: Path = DOCS) -> None:
-    """Write the page of benchmarks from the newest file of each device."""
+def write_docs(results: Path = RESULTS, page: Path = DOCS, readme: Path = README) -> None:
+    """Write the page of benchmarks, and the README's figures, from the newest file of each device."""
     newest = {}
     for path in sorted(results.glob("*.json")):
         run = Results.load(path)
         newest[run.environment["name"]] = run
     page.write_text("\n".join([_INTRODUCTION, *map(_section, newest.values())]))
+    figures = "\n".join(
+        f"{_where(run)}:\n\n{claims_table(run.claims, 'github')}\n" for run in newest.values() if run.claims
+    )
+    readme.write_text(_README_FIGURES.sub(lambda _: f"\n{figures}\n", readme.read_text()))
+
+
+def _where(run: Results) -> str:
+    env = run.environment
+    device = (
+        f"{env['name']}, {env['threads']} threads" if env["device"] == "cpu" else f"{env['name']}, CUDA {env['cuda']}"
+    )
+    return f"{device}, torch {env['torch']}, Triton {env['triton']}, Python {env['python']}, {env['date']}"
 
 
 def _section(run: Results) -> str:
-    env = run.environment
-    where = (
-        f"{env['name']}, {env['threads']} threads" if env["device"] == "cpu" else f"{env['name']}, CUDA {env['cuda']}"
-    )
-    versions = f"torch {env['torch']}, Triton {env['triton']}, Python {env['python']}, {env['date']}"
-    parts = [f"## {where}\n\n{versions}. bertloss-fast {env['bertloss_fast']}.\n"]
+    parts = [f"## {run.environment['name']}\n\n{_where(run)}. bertloss-fast {run.environment['bertloss_fast']}.\n"]
     for suite in SUITES:
         rows = [row for row in run.rows if row.case.suite == suite]
         if rows:

@@ -101,5 +101,9 @@ def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
 
     run = Results.load(path)
     assert {row.case for row in run.rows} == {TIME, MEMORY}
-    report.write_docs(tmp_path, tmp_path / "page.md")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- written by make bench -->\nold\n<!-- end -->\nafter\n")
+    report.write_docs(tmp_path, tmp_path / "page.md", readme)
+    assert "old" not in readme.read_text()
+    assert readme.read_text().endswith("<!-- end -->\nafter\n")
     assert TIME.title in (tmp_path / "page.md").read_text()

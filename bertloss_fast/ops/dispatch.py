@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -49,18 +48,13 @@ def resolve(backend: str | None, device: torch.device) -> str:
     source = "backend"
     if backend is None:
         if _chosen is None:
-            return _best(device.type)
+            return "eager" if why_not("triton", device) else "triton"
         backend, source = _chosen, _source
     _check_name(source, backend)
     reason = why_not(backend, device)
     if reason is not None:
         raise ValueError(f"{source}: '{backend}' cannot run on device '{device}': {reason}")
     return backend
-
-
-@functools.cache
-def _best(device_type: str) -> str:
-    return "eager" if why_not("triton", torch.device(device_type)) else "triton"
 
 
 def _check_name(source: str, backend: str | None) -> None:
