@@ -15,10 +15,10 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/train_multilabel.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not full"
+	$(BIN)/python -m pytest
 
 test-full: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -56,7 +56,7 @@ step() { # NAME SECONDS ARGUMENTS...: run PYTHON with them, keep going, remember
 
 step check 40 -m bertloss_fast
 # What these two test needs no GPU, and the one a model.
-step tests 270 -m pytest tests -m "not full" -p no:cacheprovider \
+step tests 270 -m pytest tests -p no:cacheprovider \
     --ignore=tests/test_compiled.py --ignore=tests/test_demo.py ${BERTLOSS_FAST_GPU_TESTS:-}
 step bench 190 -m bench --device "$device" --out "$out" ${BERTLOSS_FAST_GPU_BENCH:-}
 

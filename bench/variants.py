@@ -1,4 +1,4 @@
-"""Launches that between them reach every branch of the kernels, for a compiler to look at.
+"""A launch of each kind that the losses make, for a compiler to look at.
 
 Their tensors have shapes, dtypes and strides, and no memory. Sizes are odd, so that none is a multiple of 16, of which
 Triton would make use.
@@ -58,7 +58,7 @@ class Sigmoid(NamedTuple):
             self._operand(self.alpha) if isinstance(self.alpha, str) else self.alpha,
             None if weight is None else weight.expand(shape),
             self._operand(self.pos_weight),
-            _empty((), dtype=torch.int64) if self.counted else self.rows * self.num_labels,
+            _empty((), dtype=self.compute_dtype) if self.counted else self.rows * self.num_labels,
             upstream,
             loss,
             grad,

@@ -4,22 +4,16 @@ Each has three forms, chosen when the kernel is compiled:
 
 - FAST, for 16-bit logits: the approximate special-function units, where the result stays far inside one rounding of
   the gradient (relative error below 1e-4; bf16 rounds at 4e-3, fp16 at 5e-4);
-- fp32: below 1e-6 relative for arguments to 80. The exponential keeps what the product with log2(e) would round away,
-  and the logarithm is a polynomial, since the hardware's is only absolutely accurate near 1;
+- fp32: within 2e-6 relative for arguments to 20, 1e-5 to 80. The exponential keeps what the product with log2(e) would
+  round away, and the logarithm is a polynomial, since the hardware's is only absolutely accurate near 1;
 - fp64: the library functions.
 
 No form needs CUDA's libdevice, so all of them run in Triton's interpreter and compile for every target.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # The interpreter cuts fp32 off to bf16 and takes 0 to 1e-38; load_as and store_rounded do what the hardware does.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -108,7 +102,7 @@ def _log1p_exponential(e):
 
 
 @triton.jit
-def log_sigmoids(v, FAST: tl.constexpr):
+def sigmoids(v, FAST: tl.constexpr):
     """p = sigmoid(-v), q = sigmoid(v), and their negative logarithms: (p, q, -log p, -log q).
 
     With v = (1 - 2y)x, p is the probability of the true label and q that of the wrong one. q and -log p are relatively
@@ -142,25 +136,5 @@ def power(base, neg_log_base, EXPONENT: tl.constexpr, FAST: tl.constexpr):
         return base * base
     elif EXPONENT == 3:
         return base * base * base
-    elif EXPONENT == 4:
-        square = base * base
-        return square * square
     else:
         return exp_scaled(neg_log_base, -EXPONENT, FAST)
-
-
-_INTERPRETER_LOCK = threading.Lock()
-
-
-@contextmanager
-def _interpreter() -> Iterator[None]:
-    """The interpreter is not thread-safe, and warns of infinities that a select then drops."""
-    with _INTERPRETER_LOCK, np.errstate(all="ignore"):
-        yield
-
-
-def launch_scope(tensor: Tensor) -> AbstractContextManager[None]:
-    """What a launch needs around it: on a GPU, the tensor's device made the current one."""
-    if INTERPRETED.value:
-        return _interpreter()
-    return torch.get_device_module(tensor.device).device_of(tensor)

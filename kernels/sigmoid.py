@@ -7,9 +7,11 @@ bce    -log p            q
 focal  -q^gamma log p    q^gamma (q - gamma p log p)
 =====  ================  ===========================
 
-v = (1 - 2y) x, q = sigmoid(v) is the probability of the wrong label and p = 1 - q. A label y between 0 and 1 lies at a
-distance d = |y - h| from a hard label h: then bce is -a log p - b v and the factor q becomes m = q + d (p - q), where
-b is the share of the cross-entropy that belongs to the label 1 - h, times pos_weight if that is 1, and a the whole.
+v = (1 - 2y) x, q = sigmoid(v) is the probability of the wrong label and p = 1 - q.
+
+A label y between 0 and 1 lies at a ``distance`` d from a hard label, and v is that one's. Then the cross-entropy is
+whole * (-log p) - rejected * v, where ``whole`` is pos_weight * y + (1 - y) and ``rejected`` the term of the other hard
+label, (1 - y) or pos_weight * y; and the focal factor q becomes q + d (p - q).
 """
 
 import torch
@@ -17,18 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import LARGE, launch_scope, load_as, log_sigmoids, power, store_rounded
+from .device import LARGE, load_as, power, sigmoids, store_rounded
+from .launch import launch_scope
 
 
 @triton.jit
 def bce(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
     """Binary cross-entropy and its slope."""
-    _, q, nll, _ = log_sigmoids(v, FAST)
+    _, q, nll, _ = sigmoids(v, FAST)
     if soft is None:
         return nll, q
     else:
-        a, b, _ = soft
-        return a * nll - tl.where(b == 0, 0.0, b * v), a * q - b
+        whole, rejected, _ = soft
+        return whole * nll - tl.where(rejected == 0, 0.0, rejected * v), whole * q - rejected
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def focal(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
     GAMMA: tl.constexpr = PARAMS[0]
     if GAMMA == 0:
         return bce(v, soft, PARAMS, FAST)
-    p, q, nll, neg_log_q = log_sigmoids(v, FAST)
+    p, q, nll, neg_log_q = sigmoids(v, FAST)
     # An infinite logit has p = 0 and an infinite loss, whose product is 0.
     if soft is None:
         modulation = power(q, neg_log_q, GAMMA, FAST)
@@ -45,11 +48,12 @@ def focal(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
         return modulation * nll, modulation * (GAMMA * growth + q)
     else:
         ce, slope = bce(v, soft, PARAMS, FAST)
-        _, _, d = soft
-        m = q + d * (p - q)
-        # m underflows before its logarithm does, and only where d is 0.
-        neg_log_m = tl.where(d == 0, neg_log_q, -tl.log(m))
-        relative_slope = tl.where(d == 0, p, p * q * (1.0 - 2.0 * d) / tl.where(d == 0, 1.0, m))
+        _, _, distance = soft
+        hard = distance == 0
+        m = q + distance * (p - q)
+        # m underflows before its logarithm does, and only at a hard label.
+        neg_log_m = tl.where(hard, neg_log_q, -tl.log(m))
+        relative_slope = tl.where(hard, p, p * q * (1.0 - 2.0 * distance) / tl.where(hard, 1.0, m))
         modulation = power(m, neg_log_m, GAMMA, FAST)
         growth = relative_slope * tl.minimum(ce, LARGE)
         return modulation * ce, modulation * (GAMMA * growth + slope)
@@ -65,8 +69,17 @@ def _element(offs, row, col, strides):
 
 
 @triton.jit
-def _label(positive, y, when_positive, when_negative):
-    """A label's share of two values: one of them, or for a soft label y their mean."""
+def _times(coef, pointer, offs, row, col, strides, valid, zero):
+    """coef times an [N, L] operand, if there is one."""
+    if pointer is None:
+        return coef
+    else:
+        return coef * load_as(pointer + _element(offs, row, col, strides), valid, zero, coef.dtype)
+
+
+@triton.jit
+def _mean_of_label(positive, y, when_positive, when_negative):
+    """One of two values by a hard label, or their mean by a soft one."""
     if y is None:
         return tl.where(positive, when_positive, when_negative)
     else:
@@ -75,7 +88,7 @@ def _label(positive, y, when_positive, when_negative):
 
 @triton.jit
 def _soft_label(positive, y, pos_weight):
-    """(a, b, d) of the module's docstring."""
+    """(whole, rejected, distance) of the module's docstring."""
     distance = tl.where(positive, 1.0 - y, y)
     if pos_weight is None:
         return 1.0, distance, distance
@@ -90,7 +103,7 @@ def _sigmoid_kernel(
     alpha_ptr,  # [L], or None
     weight_ptr,  # [N, L], or None
     pos_weight_ptr,  # [L], or None
-    denominator,  # an integer, or a pointer to a count in []
+    denominator,  # an integer, or a pointer to a number in []
     upstream_ptr,  # [N, L], [] when REDUCED, or None for 1
     loss_ptr,  # [N, L], [programs] when REDUCED, or None
     grad_ptr,  # [N, L], or None
@@ -117,8 +130,12 @@ def _sigmoid_kernel(
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
+    lanes = tl.arange(0, BLOCK)
+    if WIDE:
+        pid = pid.to(tl.int64)
+        lanes = lanes.to(tl.int64)
     if denominator.dtype.is_ptr():
-        scale = 1.0 / tl.maximum(tl.load(denominator).to(COMPUTE), 1.0)
+        scale = 1.0 / tl.load(denominator).to(COMPUTE)
     else:
         scale = 1.0 / denominator.to(COMPUTE)
     if REDUCED and upstream_ptr is not None:
@@ -132,10 +149,9 @@ def _sigmoid_kernel(
     # Full tiles need no mask, which would cost an instruction an element; the rest is one tile of program 0's.
     for REST in tl.static_range(2):
         first = full_tiles + pid if REST else pid
-        end = tl.cdiv(numel, BLOCK) if REST else full_tiles
+        end = full_tiles + tl.cdiv(numel - full_tiles * BLOCK, BLOCK) if REST else full_tiles
         for tile in range(first, end, programs):
-            start = tile.to(tl.int64) * BLOCK if WIDE else tile * BLOCK
-            offs = start + tl.arange(0, BLOCK)
+            offs = tile * BLOCK + lanes
             valid = offs < numel if REST else None
             row = offs // L if L is not None else None
             col = offs % L if L is not None else None
@@ -156,13 +172,12 @@ def _sigmoid_kernel(
             coef = scale
             if alpha_ptr is not None:
                 alpha = load_as(alpha_ptr + col * alpha_stride, valid, zero, COMPUTE)
-                coef *= _label(positive, y, alpha, 1.0 - alpha)
+                coef *= _mean_of_label(positive, y, alpha, 1.0 - alpha)
             elif ALPHA is not None:
-                coef = _label(positive, y, scale * ALPHA, scale * (1.0 - ALPHA))
-            if weight_ptr is not None:
-                coef *= load_as(weight_ptr + _element(offs, row, col, weight_strides), valid, zero, COMPUTE)
-            if upstream_ptr is not None and not REDUCED:
-                coef *= load_as(upstream_ptr + _element(offs, row, col, upstream_strides), valid, zero, COMPUTE)
+                coef = _mean_of_label(positive, y, scale * ALPHA, scale * (1.0 - ALPHA))
+            coef = _times(coef, weight_ptr, offs, row, col, weight_strides, valid, zero)
+            if not REDUCED:
+                coef = _times(coef, upstream_ptr, offs, row, col, upstream_strides, valid, zero)
             pos_weight = None
             if pos_weight_ptr is not None:
                 pos_weight = load_as(pos_weight_ptr + col * pos_weight_stride, valid, zero, COMPUTE)
@@ -199,8 +214,8 @@ FORMULAS = {"bce": bce, "focal": focal}
 
 _NUM_WARPS = 4
 # Programs take their tiles in turn: enough of them to fill the largest GPU several times over, so that the last round
-# is a small part of the whole, and few enough for one program to add up their sums. A constant, so that the order of
-# the additions, and with it the last bit of the loss, is the same on every GPU.
+# is a small part of the whole, and few enough for one program to add up their sums. A constant: the order of the
+# additions does not depend on the number of multiprocessors.
 _MAX_PROGRAMS = 8192
 
 
@@ -212,6 +227,10 @@ def _block(inputs: Tensor) -> int:
 def num_programs(inputs: Tensor) -> int:
     """How many partial sums a reduced loss has."""
     return min(triton.cdiv(inputs.numel(), _block(inputs)), _MAX_PROGRAMS)
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, ...] | None:
+    return None if matrix is None or matrix.is_contiguous() else matrix.stride()
 
 
 def sigmoid_launcher(
@@ -232,10 +251,10 @@ def sigmoid_launcher(
     compute_dtype: torch.dtype,
 ) -> None:
     """Launch one pass over [N, L] matrices of any strides; vectors are [L]; ``loss`` and ``grad`` are contiguous."""
-    by_label = [vector for vector in (alpha, pos_weight) if isinstance(vector, Tensor)]
-    matrices = [inputs, targets] + [m for m in (weight, None if reduced else upstream) if m is not None]
-    strides = {id(matrix): None if matrix.is_contiguous() else matrix.stride() for matrix in matrices}
-    extent = max(sum((n - 1) * s for n, s in zip(m.shape, m.stride(), strict=True)) for m in [inputs, *matrices])
+    matrices = [m for m in (inputs, targets, weight, None if reduced else upstream) if m is not None]
+    extent = max(sum((n - 1) * s for n, s in zip(m.shape, m.stride(), strict=True)) for m in matrices)
+    block = _block(inputs)
+    by_label = isinstance(alpha, Tensor) or pos_weight is not None or any(_strides(m) for m in matrices)
     with launch_scope(inputs):
         _sigmoid_kernel[(num_programs(inputs),)](
             inputs,
@@ -248,23 +267,23 @@ def sigmoid_launcher(
             loss,
             grad,
             inputs.numel(),
-            strides[id(inputs)],
-            strides[id(targets)],
+            _strides(inputs),
+            _strides(targets),
             alpha.stride(0) if isinstance(alpha, Tensor) else None,
-            strides.get(id(weight)),
+            _strides(weight),
             pos_weight.stride(0) if pos_weight is not None else None,
-            strides.get(id(upstream)),
+            None if reduced else _strides(upstream),
             FORMULA=FORMULAS[formula],
             PARAMS=params,
             ALPHA=alpha if isinstance(alpha, float) else None,
-            L=inputs.shape[1] if by_label or any(strides.values()) else None,
+            L=inputs.shape[1] if by_label else None,
             REDUCED=reduced,
             WRITTEN=written,
             SOFT=targets.is_floating_point(),
             FAST=inputs.element_size() == 2 and compute_dtype == torch.float32,
-            WIDE=max(inputs.numel(), extent) >= 2**31,
+            WIDE=max(inputs.numel(), extent) + block >= 2**31,
             COMPUTE=tl.float64 if compute_dtype == torch.float64 else tl.float32,
-            BLOCK=_block(inputs),
+            BLOCK=block,
             num_warps=_NUM_WARPS,
         )
 

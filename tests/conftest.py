@@ -10,10 +10,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The interpreter's speed depends on the machine: no deadline for one example, and the same examples on every run.
-settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
-settings.load_profile("repeatable")
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("repeatable", max_examples=60, derandomize=True, **QUIET)
+settings.register_profile("full", max_examples=2000, **QUIET)  # make test-full
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,8 @@ def device() -> torch.device:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """On the CPU the eager backend cuts large tensors into blocks; here it does so with small ones too."""
     if request.param == "eager in blocks":
-        monkeypatch.setattr("bertloss_fast.ops.sigmoid._CPU_BLOCK", 8)
+        monkeypatch.setattr("bertloss_fast.ops.sigmoid._SMALL", 0)
+        monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 8)
     return request.param.split()[0]
 
 

@@ -16,7 +16,7 @@ def reduce(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
         "sum": 1,
         "mean": max(loss.numel(), 1),
         "batchmean": max(loss.shape[:-1].numel(), 1),
-        "mean_positive": max(float(targets.sum()), 1),
+        "mean_positive": max(float(targets.detach().sum()), 1),
     }
     return loss.sum() / count[reduction]
 
@@ -54,14 +54,14 @@ def binary_cross_entropy(
     return reduce(loss, targets, reduction)
 
 
-def exact_focal(x: float, positive: bool, gamma: float) -> tuple[mpmath.mpf, mpmath.mpf]:
-    """Focal loss of one logit with a hard label, and its derivative, at 60 digits."""
+def exact_focal(x: float, y: float, gamma: float) -> tuple[mpmath.mpf, mpmath.mpf]:
+    """Focal loss of one logit with a label from 0 to 1, and its derivative, at 60 digits."""
     with mpmath.workdps(60):
 
         def loss(logit: mpmath.mpf) -> mpmath.mpf:
-            p = 1 / (1 + mpmath.exp(-logit))
-            p_t = p if positive else 1 / (1 + mpmath.exp(logit))
-            return -((1 - p_t) ** gamma) * mpmath.log(p_t)
+            p, not_p = 1 / (1 + mpmath.exp(-logit)), 1 / (1 + mpmath.exp(logit))
+            ce = -y * mpmath.log(p) - (1 - y) * mpmath.log(not_p)
+            return (y * not_p + (1 - y) * p) ** gamma * ce
 
         step = mpmath.mpf(10) ** -20
         value = mpmath.mpf(x)

@@ -1,4 +1,4 @@
-"""Every variant of the kernels, compiled for four GPUs without having one, and judged by its machine code."""
+"""A launch of each kind, compiled for four GPUs without having one, and judged by its machine code."""
 
 import json
 import os

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bertloss_fast as bf
+from bertloss_fast.ops import dispatch
 
 N, L = 4, 5
 FOCAL, BCE = bf.sigmoid_focal_loss, bf.binary_cross_entropy_with_logits
@@ -73,6 +74,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type
         "backend: expected one of triton, eager.*'cuda'",
     ),
     "module: reduction": (bf.SigmoidFocalLoss, (), {"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
+    "module: backend": (bf.SigmoidFocalLoss, (), {"backend": "cuda"}, ValueError, "backend: expected one of.*'cuda'"),
     "module: gamma": (bf.SigmoidFocalLoss, (), {"gamma": -1}, ValueError, "gamma: .*-1"),
     "module: alpha": (bf.SigmoidFocalLoss, (1.5,), {}, ValueError, "alpha: .*1.5"),
     "module: torch's reduction": (bf.BCEWithLogitsLoss, (), {"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
@@ -80,16 +82,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_sentence_and_no_launch(
-    case: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_sentence_and_no_launch(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object, **kwargs: object) -> None:
         pytest.fail("computed before the arguments were checked")
 
     monkeypatch.setattr("bertloss_fast.ops.sigmoid.sigmoid_launcher", never)
     monkeypatch.setattr("bertloss_fast.reference.sigmoid.elementwise", never)
-    if device.type != "cpu":
-        monkeypatch.setenv("BERTLOSS_FAST_DEBUG", "1")
     function, args, options, error, sentence = CASES[case]
     if function in (FOCAL, BCE):
         options = {"backend": backend, **options}
@@ -130,3 +128,10 @@ def test_a_chosen_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend: expected one of"):
         bf.set_backend("fast")
     assert runs == ["triton", "eager", "triton"]
+
+
+def test_values_on_a_gpu_are_looked_at_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert not dispatch.can_check_values(gpu)
+    monkeypatch.setenv("BERTLOSS_FAST_DEBUG", "1")
+    assert dispatch.can_check_values(gpu)

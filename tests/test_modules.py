@@ -50,13 +50,14 @@ def test_copies_give_the_same_loss(
     torch.testing.assert_close(through(module)(x, y), module(x, y), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["focal-by-label", "bce-weighted"])
 def test_state_dict_restores_the_weights(name: str, device: torch.device) -> None:
     module, other = MODULES[name]().to(device), MODULES[name]().to(device)
     for buffer in other.buffers():
         buffer.zero_()
-    other.load_state_dict(module.state_dict())
     x, y = batch(device)
+    assert other(x, y) != module(x, y)
+    other.load_state_dict(module.state_dict())
     torch.testing.assert_close(other(x, y), module(x, y), rtol=0, atol=0)
 
 
@@ -109,14 +110,15 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("loss", ["bce", "focal"])
-def test_inside_what_torch_transforms(loss: str, transform: str, device: torch.device, backend: str) -> None:
+def test_inside_what_torch_transforms(loss: str, transform: str, device: torch.device) -> None:
+    """Plain operations whatever the backend: what is asked is that none of the kernels' autograd gets in the way."""
     x, y = batch(device, torch.float64)
     x = x.detach()
 
     def ours(x: Tensor) -> Tensor:
         if loss == "bce":
-            return bf.binary_cross_entropy_with_logits(x, y, backend=backend)
-        return bf.sigmoid_focal_loss(x, y, reduction="mean", backend=backend)
+            return bf.binary_cross_entropy_with_logits(x, y)
+        return bf.sigmoid_focal_loss(x, y, reduction="mean")
 
     def theirs(x: Tensor) -> Tensor:
         q = torch.where(y, (-x).sigmoid(), x.sigmoid())

@@ -10,10 +10,11 @@ import hypothesis.strategies as st
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import bertloss_fast as bf
+from bertloss_fast.ops import sigmoid
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "mean_positive")
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 3.7)
@@ -32,7 +33,7 @@ class Loss(NamedTuple):
 LOSSES = {
     "bce": Loss(bf.binary_cross_entropy_with_logits, oracles.binary_cross_entropy, {}),
     **{
-        f"focal-{gamma}": Loss(bf.sigmoid_focal_loss, oracles.sigmoid_focal, {"gamma": gamma, "alpha": 0.25})
+        f"focal-{gamma}": Loss(bf.sigmoid_focal_loss, oracles.sigmoid_focal, {"gamma": gamma, "alpha": 0.3})
         for gamma in GAMMAS
     },
     "focal-unweighted": Loss(bf.sigmoid_focal_loss, oracles.sigmoid_focal, {"alpha": None}),
@@ -95,7 +96,7 @@ def test_equals_the_definition(loss: str, target: str, weights: str, backend: st
         torch.testing.assert_close(ours, theirs, **DOUBLE, msg=lambda text, r=reduction: f"{r}: {text}")
 
 
-ALPHAS = {"none": None, "number": 0.25, "by-label": torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)}
+ALPHAS = {"none": None, "number": 0.3, "by-label": torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)}
 GRADCHECK_WEIGHTS = {
     "unweighted": {},
     "weighted": {
@@ -168,7 +169,6 @@ TOLERANCE = {
 }
 
 
-@settings(max_examples=60)
 @given(data=st.data(), shape=shapes, dtype=dtypes, layout=layouts, reduction=st.sampled_from(REDUCTIONS))
 @pytest.mark.parametrize("formula", ["focal", "bce"])
 def test_equals_the_definition_on_drawn_arguments(
@@ -188,7 +188,7 @@ def test_equals_the_definition_on_drawn_arguments(
     options: dict[str, Any] = {}
     if formula == "focal":
         options["gamma"] = data.draw(st.sampled_from([0, 0.5, 1, 2, 3, 5, 2.5]), label="gamma")
-        options["alpha"] = data.draw(st.sampled_from([None, 0.25, 0.0, 1.0, "by label"]), label="alpha")
+        options["alpha"] = data.draw(st.sampled_from([None, 0.3, 0.0, 1.0, "by label"]), label="alpha")
         if options["alpha"] == "by label":
             options["alpha"] = uniform(*shape[-1:], device=device, seed=3)
     if data.draw(st.booleans(), label="pos_weight"):
@@ -275,10 +275,9 @@ def test_two_backwards_and_no_side_effects(reduction: str, backend: str, device:
     before = x.detach().clone(), y.clone()
     (expected,) = torch.autograd.grad(oracles.sigmoid_focal(x, y, reduction=reduction).sum(), x)
     loss = bf.sigmoid_focal_loss(x, y, reduction=reduction, backend=backend)
-    loss.sum().backward(retain_graph=True)
-    first = x.grad
+    (first,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+    torch.testing.assert_close(first, expected, **DOUBLE)
     first.mul_(10)  # who was handed a gradient may write to it
-    x.grad = None
     (loss.sum() * 2).backward(retain_graph=True)
     torch.testing.assert_close(x.grad, 2 * expected, **DOUBLE)
     loss.sum().backward()
@@ -309,11 +308,22 @@ def test_an_empty_batch_has_an_attached_loss_of_zero(
     assert x.grad.shape == shape
 
 
-def test_without_a_gradient_to_come_none_is_computed(backend: str, device: torch.device) -> None:
+def test_without_a_gradient_to_come_none_is_computed(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, y = logits(4, 5, device=device), torch.zeros(4, 5, device=device)
+    gradients = []
+    run = sigmoid._FORWARD[backend]
+
+    def spy(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        loss, grad = run(*args, **kwargs)
+        gradients.append(grad)
+        return loss, grad
+
+    monkeypatch.setitem(sigmoid._FORWARD, backend, spy)
     with torch.no_grad():
         loss = bf.sigmoid_focal_loss(x, y, reduction="mean", backend=backend)
-    assert not loss.requires_grad
+    assert gradients == [None]
     torch.testing.assert_close(loss, oracles.sigmoid_focal(x, y, reduction="mean").detach(), **DOUBLE)
 
 
@@ -328,7 +338,8 @@ def test_broadcast_weights_as_torch_has_them(backend: str, device: torch.device)
 
 def test_a_block_boundary_inside_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The eager backend's blocks: rows in groups, rows in parts, and a rest in both directions."""
-    monkeypatch.setattr("bertloss_fast.ops.sigmoid._CPU_BLOCK", 16)
+    monkeypatch.setattr("bertloss_fast.ops.sigmoid._SMALL", 0)
+    monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for shape in [(7, 5), (3, 37), (1, 16), (50, 1)]:
         x, y = logits(*shape, device=torch.device("cpu")), uniform(*shape, device=torch.device("cpu"))
@@ -336,3 +347,14 @@ def test_a_block_boundary_inside_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         options = {"reduction": "sum", "weight": weight, "pos_weight": weight[0], "alpha": weight[0] / 2}
         ours = value_and_grad(bf.sigmoid_focal_loss(x, y, backend="eager", **options), x)
         torch.testing.assert_close(ours, value_and_grad(oracles.sigmoid_focal(x, y, **options), x), **DOUBLE)
+
+
+def test_rows_further_apart_than_32_bits_count(device: torch.device) -> None:
+    """Offsets past 2^31 in a small call: the storage is reserved, and but a few of its pages are touched."""
+    rows = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device).as_strided((2, 600), (2**31, 1))
+    rows.copy_(logits(2, 600, device=device, dtype=torch.bfloat16).detach())
+    x, y = rows.requires_grad_(), uniform(2, 600, device=device) < 0.3
+    exact = x.detach().double().requires_grad_()
+    ours = value_and_grad(bf.sigmoid_focal_loss(x, y, reduction="sum", backend="triton"), x)
+    loss, grad = value_and_grad(oracles.sigmoid_focal(exact, y, reduction="sum"), exact)
+    torch.testing.assert_close(ours, (loss.float(), grad.bfloat16()), rtol=2**-8, atol=1e-6)

@@ -51,6 +51,10 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
+def check_backend(backend: str | None) -> None:
+    dispatch.check_name("backend", backend)
+
+
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
     """A finite number in [low, high]."""
     expected = f"a number >= {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"

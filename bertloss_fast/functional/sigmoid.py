@@ -33,19 +33,22 @@ def sigmoid_focal_loss(
     Args:
         inputs: logits, ``[..., L]``, of any strides, in float16, bfloat16, float32 or float64.
         targets: labels of the same shape: bool, any integer dtype (0 and 1), or floating, where values between 0 and 1
-            are soft labels. They are read as they are: a bool target costs one byte of traffic, an int64 eight.
+            are soft labels (others are not refused, and mean nothing). They are read as they are: a bool target costs
+            one byte of traffic, an int64 eight.
         alpha: weight of the positive labels against the negative ones, in [0, 1]; a tensor ``[L]`` gives each label
-            its own; ``None`` or a negative number means no such weight.
+            its own; ``None`` or a negative number means no such weight. Numbers are compiled in: each new value of
+            alpha or gamma compiles a kernel.
         gamma: how strongly well-classified elements are damped, at least 0; 0 is binary cross-entropy.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` over elements, ``"batchmean"`` (the sum over the number of rows) or
             ``"mean_positive"`` (the sum over the sum of the targets, at least 1, as detectors count).
         weight: ``[L]`` or the inputs' shape; multiplies each element's loss and does not change a denominator.
         pos_weight: ``[L]`` or a scalar; multiplies the positive term of the cross-entropy.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device.
+        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
+            ``torch.compile``, ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
 
     Returns:
         A scalar in float32 (float64 if inputs or targets are), or with ``"none"`` the inputs' shape, in the dtype to
-        which torch promotes inputs and targets. An empty batch gives 0.
+        which torch promotes inputs and targets (under autocast at least float32). An empty batch gives 0.
 
     Raises:
         TypeError, ValueError: if an argument does not fit; nothing has been computed then. Integer targets other than

@@ -6,11 +6,25 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from .. import functional as F
-from ..functional.checks import check_number, check_reduction
+from ..functional.checks import check_backend, check_number, check_reduction
 
 
 class SigmoidFocalLoss(nn.Module):
-    """Focal loss for multi-label classification: :func:`bertloss_fast.sigmoid_focal_loss` with its arguments kept.
+    r"""Focal loss for multi-label classification; :func:`bertloss_fast.sigmoid_focal_loss` has the formula.
+
+    Args:
+        alpha: weight of the positive labels, a number in [0, 1], a tensor ``[L]`` (a buffer), or ``None``.
+        gamma: how strongly well-classified elements are damped, at least 0.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
+        weight: ``[L]`` or the inputs' shape (a buffer).
+        pos_weight: ``[L]`` or a scalar (a buffer).
+        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device.
+
+    Shape:
+        inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``.
+
+    Raises:
+        TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
 
     Example::
 
@@ -36,6 +50,7 @@ class SigmoidFocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
+        check_backend(backend)
         self.gamma = check_number("gamma", gamma, 0)
         self.reduction = reduction
         self.backend = backend
@@ -64,9 +79,29 @@ class SigmoidFocalLoss(nn.Module):
 
 
 class BCEWithLogitsLoss(nn.Module):
-    """Binary cross-entropy on logits: :func:`bertloss_fast.binary_cross_entropy_with_logits` with its arguments kept.
+    """Binary cross-entropy on logits; :func:`bertloss_fast.binary_cross_entropy_with_logits` has the formula.
 
     A drop-in for :class:`torch.nn.BCEWithLogitsLoss`, whose state dict it loads and writes.
+
+    Args:
+        weight: any shape that broadcasts to the input's (a buffer).
+        size_average, reduce: deprecated, as in torch; they override ``reduction``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
+        pos_weight: ``[L]`` or a scalar (a buffer).
+        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device.
+
+    Shape:
+        input and target ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``.
+
+    Raises:
+        TypeError, ValueError: for arguments that no input fits; those that depend on the input at the call.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import BCEWithLogitsLoss
+        >>> criterion = BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]))
+        >>> loss = criterion(torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, dtype=torch.bool))
     """
 
     weight: Tensor | None
@@ -86,6 +121,7 @@ class BCEWithLogitsLoss(nn.Module):
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         check_reduction(reduction)
+        check_backend(backend)
         self.reduction = reduction
         self.backend = backend
         self.register_buffer("weight", weight)

@@ -24,9 +24,18 @@ def set_backend(backend: str | None) -> None:
     """Choose the backend of every call that names none: "triton", "eager", or None for the best that runs.
 
     Takes the place of the environment variable ``BERTLOSS_FAST_BACKEND``, which is read at import.
+
+    Raises:
+        ValueError: if there is no such backend. One that cannot run is told at the call, which knows the device.
+
+    Example::
+
+        >>> import bertloss_fast
+        >>> bertloss_fast.set_backend("eager")
+        >>> bertloss_fast.set_backend(None)
     """
     global _chosen, _source
-    _check_name("backend", backend)
+    check_name("backend", backend)
     _chosen, _source = backend, "set_backend"
 
 
@@ -50,14 +59,14 @@ def resolve(backend: str | None, device: torch.device) -> str:
         if _chosen is None:
             return "eager" if why_not("triton", device) else "triton"
         backend, source = _chosen, _source
-    _check_name(source, backend)
+    check_name(source, backend)
     reason = why_not(backend, device)
     if reason is not None:
         raise ValueError(f"{source}: '{backend}' cannot run on device '{device}': {reason}")
     return backend
 
 
-def _check_name(source: str, backend: str | None) -> None:
+def check_name(source: str, backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
 

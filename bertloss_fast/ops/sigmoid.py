@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -12,14 +11,14 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..reference import sigmoid as reference
 from . import dispatch
+from .blocks import block_size, blocks, has_soft_labels
 
 if dispatch.TRITON_ERROR is None:
     from ..kernels.sigmoid import num_programs, sigmoid_launcher, sum_launcher
 
-# Elements that one thread works on at a time on the CPU: a block's dozen intermediates then stay in its L2 cache.
-_CPU_BLOCK = 65536
 # Formulas of so few operations that torch's autograd in C++ beats a Function in Python, which costs as much as ten.
-_SHORT_GRAPHS = ("bce",)
+_SHORT = ("bce",)
+_SMALL = 65536
 
 
 class Spec(NamedTuple):
@@ -49,37 +48,11 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str) -> Tensor:
         return _differentiable(spec, operands, soft=operands.targets.is_floating_point())
     if not torch.is_grad_enabled() or not (operands.inputs.requires_grad or operands.targets.requires_grad):
         return _FORWARD[backend](spec, operands, _denominator(spec, operands), with_grad=False)[0]
-    if (
-        backend == "eager"
-        and spec.formula in _SHORT_GRAPHS
-        and 0 < operands.inputs.numel() <= _CPU_BLOCK
-        and operands.inputs.device.type == "cpu"
-    ):
-        return _short_graph(spec, operands)
+    small = operands.inputs.device.type == "cpu" and operands.inputs.numel() <= _SMALL
+    if backend == "eager" and small and spec.formula in _SHORT:
+        return _differentiable(spec, operands, soft=has_soft_labels(operands.targets))
     loss: Tensor = _SigmoidLoss.apply(*operands, spec, backend)  # type: ignore[no-untyped-call]
     return loss
-
-
-def _short_graph(spec: Spec, operands: Operands) -> Tensor:
-    """The loss as plain operations on a small CPU tensor, with their own autograd."""
-    inputs, targets, _, weight, pos_weight = operands
-    dtype = spec.compute_dtype
-    # The short formula is right for hard labels, and its derivative by the label is not.
-    soft = targets.requires_grad or _has_soft_labels(targets)
-    loss, _ = reference.elementwise(
-        spec.formula, spec.params, inputs, targets, weight=weight, pos_weight=pos_weight, dtype=dtype, soft=soft
-    )
-    if spec.reduction == "mean":
-        loss = loss.sum() * _reciprocal(inputs.numel(), dtype)
-    elif spec.reduction != "none":
-        loss = loss.sum() / _denominator(spec, operands)
-    return loss if dtype == spec.loss_dtype else loss.to(spec.loss_dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _reciprocal(count: int, dtype: torch.dtype) -> Tensor:
-    """1 / count as a tensor: making one at each call costs as much as the sum that it scales."""
-    return torch.tensor(1 / count, dtype=dtype)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -126,7 +99,9 @@ class _SigmoidLoss(torch.autograd.Function):
         written = None if ctx.handed_out else grad
         ctx.handed_out = True
         count = denominator if ctx.count is None else ctx.count
-        return _BACKWARD[ctx.backend](ctx.spec, operands, count, upstream, written), grad_targets, *(None,) * 5
+        grad = _BACKWARD[ctx.backend](ctx.spec, operands, count, upstream, written)
+        # With a version of its own: autograd would take a write to it for one to what it saved.
+        return grad.data, grad_targets, *(None,) * 5
 
 
 def _denominator(spec: Spec, operands: Operands) -> int | Tensor:
@@ -254,7 +229,7 @@ def _eager_forward(
     inputs = operands.inputs
     reduced = spec.reduction != "none"
     scale = 1 / denominator
-    if inputs.numel() <= _block_size(inputs):
+    if inputs.numel() <= block_size(inputs):
         values, slopes = _eager_block(spec, operands, scale, with_grad)
         loss = values.sum() if reduced else values
         return loss.to(spec.loss_dtype), None if slopes is None else slopes.to(inputs.dtype)
@@ -262,7 +237,7 @@ def _eager_forward(
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
     sums = []
     shape = _rows_and_labels(inputs)
-    for block, part in _blocks(operands):
+    for block, part in _parts(operands):
         values, _ = _eager_block(spec, part, scale, with_grad, out=None if grad is None else grad.view(shape)[block])
         if reduced:
             sums.append(values.sum())
@@ -280,12 +255,12 @@ def _eager_backward(
     scale: float | Tensor = upstream.to(spec.compute_dtype) / denominator
     if inputs.device.type == "cpu" and upstream.dim() == 0 and upstream.isfinite():
         scale = upstream.item() / denominator  # as in forward, bit for bit
-    if inputs.numel() <= _block_size(inputs):
+    if inputs.numel() <= block_size(inputs):
         return cast(Tensor, _eager_block(spec, operands, scale, True)[1]).to(inputs.dtype)
     shape = _rows_and_labels(inputs)
     grad = inputs.new_empty(inputs.shape) if written is None else written
     scales = scale.expand(inputs.shape).reshape(shape) if isinstance(scale, Tensor) else None
-    for block, part in _blocks(operands):
+    for block, part in _parts(operands):
         # What is written is not what autograd saved for a second use: its version stays.
         with _unsafe_preserve_version_counter(grad):
             _eager_block(spec, part, scale if scales is None else scales[block], True, out=grad.view(shape)[block])
@@ -305,50 +280,27 @@ def _eager_block(
         pos_weight=operands.pos_weight,
         scale=scale,
         dtype=spec.compute_dtype,
-        soft=_has_soft_labels(operands.targets),
+        soft=has_soft_labels(operands.targets),
         slope=with_grad,
         out=out,
     )
 
 
-def _block_size(inputs: Tensor) -> int:
-    """How many elements to work on at a time: all of them, where no cache of a core's own is to be kept."""
-    return _CPU_BLOCK * torch.get_num_threads() if inputs.device.type == "cpu" else inputs.numel()
-
-
-def _blocks(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
-    """Rectangles of a size that stays in the cache, and the operands' parts that they cut out."""
+def _parts(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
+    """The blocks of a call, and the operands' parts that they cut out."""
     inputs, targets, alpha, weight, pos_weight = _as_matrices(operands)
-    rows, cols = inputs.shape
-    size = _block_size(inputs)
-    col_step = min(cols, size)
-    row_step = size // col_step
-    for row in range(0, rows, row_step):
-        for col in range(0, cols, col_step):
-            labels = slice(col, col + col_step)
-            block = slice(row, row + row_step), labels
-            yield (
-                block,
-                Operands(
-                    inputs[block],
-                    targets[block],
-                    None if alpha is None else alpha[labels],
-                    None if weight is None else weight[block],
-                    None if pos_weight is None else pos_weight[labels],
-                ),
-            )
-
-
-def _has_soft_labels(targets: Tensor) -> bool:
-    if not targets.is_floating_point() or targets.numel() == 0:
-        return False
-    if targets.device.type != "cpu":
-        return True  # looking at the values would cost a synchronisation
-    if targets.numel() < 8192:
-        return not torch.equal(targets * targets, targets)
-    # The same question, three times as fast on a large tensor; NaN is not 0 either.
-    low, high = torch.addcmul(targets, targets, targets, value=-1).aminmax()
-    return not low.item() == high.item() == 0
+    for block in blocks(inputs):
+        labels = block[1]
+        yield (
+            block,
+            Operands(
+                inputs[block],
+                targets[block],
+                None if alpha is None else alpha[labels],
+                None if weight is None else weight[block],
+                None if pos_weight is None else pos_weight[labels],
+            ),
+        )
 
 
 _FORWARD = {"triton": _triton_forward, "eager": _eager_forward}

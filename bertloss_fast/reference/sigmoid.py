@@ -2,7 +2,8 @@
 
 The mathematics is that of ``kernels/sigmoid.py``: v = (1 - 2y) x for the hard label nearest to y, q = sigmoid(v) the
 probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is ever taken as 1 minus the other, so
-both keep their relative accuracy; autograd through the values is right to second order and at any logit.
+both keep their relative accuracy. Autograd through the values is right to second order at any finite logit; at an
+infinite one it multiplies 0 by infinity, and only the slopes that are spelled out here give the limit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 # A number would be wrapped in a tensor at every call, which costs as much as the operation on a small loss.
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 # Beyond it softplus is the identity: at 20, torch's default, that costs a double its last digits.
 _LINEAR = 40.0
 
@@ -28,19 +29,19 @@ class Soft(NamedTuple):
     distance: Tensor
 
 
-Weight = Tensor | float | None
+Factor = Tensor | float | None  # alpha, the weights and the scale of an element's loss, multiplied
 
 
-def bce(v: Tensor, soft: Soft | None, weight: Weight, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``weight`` times binary cross-entropy, and its slope in v."""
-    loss = _weighted(_cross_entropy(v, soft), weight)
-    return loss, _weighted(_cross_entropy_slope(torch.sigmoid(v), soft), weight) if slope else None
+def bce(v: Tensor, soft: Soft | None, factor: Factor, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+    """``factor`` times binary cross-entropy, and its slope in v."""
+    loss = _weighted(_cross_entropy(v, soft), factor)
+    return loss, _weighted(_cross_entropy_slope(torch.sigmoid(v), soft), factor) if slope else None
 
 
 def focal(
-    v: Tensor, soft: Soft | None, weight: Weight, gamma: float, slope: bool = True
+    v: Tensor, soft: Soft | None, factor: Factor, gamma: float, slope: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """``weight`` times the focal loss, and its slope in v."""
+    """``factor`` times the focal loss, and its slope in v."""
     ce = _cross_entropy(v, soft)
     q, p = torch.sigmoid(v), torch.sigmoid(-v)
     if soft is None:
@@ -50,7 +51,7 @@ def focal(
         m = (q + soft.distance * (p - q)).clamp_min(torch.finfo(v.dtype).tiny)
         modulation = _power(m, gamma, lambda: m.log())
         growth = p * q * (1 - 2 * soft.distance) / m
-    modulation = _weighted(modulation, weight)
+    modulation = _weighted(modulation, factor)
     loss = modulation * ce
     if not slope:
         return loss, None
@@ -61,8 +62,8 @@ def focal(
     return loss, growth.mul_(modulation)
 
 
-def _weighted(value: Tensor, weight: Weight) -> Tensor:
-    return value if weight is None else value * weight
+def _weighted(value: Tensor, factor: Factor) -> Tensor:
+    return value if factor is None else value * factor
 
 
 def _cross_entropy(v: Tensor, soft: Soft | None) -> Tensor:
@@ -119,7 +120,7 @@ def elementwise(
         sign = torch.sub(_ONE, y, alpha=2)
     # A number is folded into alpha's two values. An upstream gradient is not: it may be infinite, and 0 * inf is NaN.
     number = 1.0 if isinstance(scale, Tensor) else scale
-    factor: Weight = number if number != 1 else None
+    factor: Factor = number if number != 1 else None
     if alpha is not None:
         alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
         factor = y * ((2 * alpha - 1) * number) + (1 - alpha) * number
@@ -172,6 +173,8 @@ def loss(
     )
     if reduction == "none":
         return values
+    if reduction == "mean" and values.numel():
+        return values.mean()
     return values.sum() / denominator(reduction, inputs, targets, dtype)
 
 

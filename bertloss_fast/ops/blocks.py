@@ -1,0 +1,39 @@
+"""The CPU's blocks: parts of a matrix small enough that what is computed from them stays in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements that one thread works on at a time: a dozen intermediates of them fit its share of the cache.
+_BLOCK = 65536
+
+
+def block_size(tensor: Tensor) -> int:
+    """How many elements to work on at a time: on a GPU all of them, since no cache of a core's own is to be kept."""
+    return _BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else max(tensor.numel(), 1)
+
+
+def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rectangles of rows and columns that cover a matrix: whole rows where they fit, else parts of one row."""
+    rows, cols = matrix.shape
+    col_step = min(cols, block_size(matrix))
+    row_step = block_size(matrix) // col_step
+    for row in range(0, rows, row_step):
+        for col in range(0, cols, col_step):
+            yield slice(row, row + row_step), slice(col, col + col_step)
+
+
+def has_soft_labels(targets: Tensor) -> bool:
+    """Whether the longer formula is needed: a label other than 0 and 1, or the derivative by one, or no free look."""
+    if not targets.is_floating_point() or targets.numel() == 0:
+        return False
+    if targets.requires_grad or targets.device.type != "cpu":
+        return True
+    if targets.numel() < 8192:
+        return not torch.equal(targets * targets, targets)
+    # The same question, three times as fast on a large tensor; NaN is not 0 either.
+    low, high = torch.addcmul(targets, targets, targets, value=-1).aminmax()
+    return not low.item() == high.item() == 0

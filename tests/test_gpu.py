@@ -1,0 +1,67 @@
+"""What the interpreter cannot show: sizes, streams, captured graphs, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bertloss_fast as bf
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def batch(rows: int, labels: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(rows, labels, device=CUDA, dtype=dtype).requires_grad_()
+    return x, torch.randint(2, (rows, labels), device=CUDA, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("numel", [2**31 - 3, 2**31 + 5], ids=["the last 32-bit sizes", "past 32 bits"])
+def test_more_elements_than_32_bits_count(numel: int) -> None:
+    x, y = batch(1, numel)
+    (grad,) = torch.autograd.grad(bf.sigmoid_focal_loss(x, y, reduction="sum"), x)
+    for part in (slice(0, 5000), slice(numel - 5000, numel)):
+        leaf = x[:, part].detach().requires_grad_()
+        (expected,) = torch.autograd.grad(bf.sigmoid_focal_loss(leaf, y[:, part], reduction="sum"), leaf)
+        assert torch.equal(grad[:, part], expected)
+
+
+def test_a_captured_graph_replays_with_new_inputs() -> None:
+    x, y = batch(64, 1000)
+    bf.sigmoid_focal_loss(x, y, reduction="mean").backward()
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = bf.sigmoid_focal_loss(x, y, reduction="mean")
+        loss.backward()
+    fresh, labels = batch(64, 1000)
+    with torch.no_grad():
+        x.copy_(fresh)
+        y.copy_(labels)
+    graph.replay()
+    expected = bf.sigmoid_focal_loss(fresh, labels, reduction="mean")
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(x.grad, fresh.grad)
+
+
+def test_on_a_side_stream() -> None:
+    x, y = batch(512, 10000)
+    expected = bf.sigmoid_focal_loss(x, y, reduction="mean")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        loss = bf.sigmoid_focal_loss(x, y, reduction="mean")
+    stream.synchronize()
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "mean_positive"])
+def test_nothing_waits_for_the_device(reduction: str) -> None:
+    x, y = batch(32, 100)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = bf.sigmoid_focal_loss(x, y, reduction=reduction)
+        loss.backward(torch.full_like(loss, 0.5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
