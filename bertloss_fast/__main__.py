@@ -34,7 +34,11 @@ def main() -> int:
                 right, report = _check(backend, device, dtype)
                 wrong += not right
                 print(f"  {backend:<8} {str(dtype).removeprefix('torch.'):<9} {report}")
-        print(f"  backend=None picks {dispatch.resolve(None, device)}")
+        try:
+            print(f"  backend=None picks {dispatch.resolve(None, device)}")
+        except ValueError as error:
+            wrong += 1
+            print(f"  backend=None is an error: {error}")
     return int(wrong > 0)
 
 

@@ -26,12 +26,14 @@ from .launch import launch_scope
 @triton.jit
 def bce(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
     """Binary cross-entropy and its slope."""
-    _, q, nll, _ = sigmoids(v, FAST)
+    _, q, nll, neg_log_q = sigmoids(v, FAST)
     if soft is None:
         return nll, q
     else:
         whole, rejected, _ = soft
-        return whole * nll - tl.where(rejected == 0, 0.0, rejected * v), whole * q - rejected
+        # -log p is v - log q: taken apart where v > 0, so that no two infinities are subtracted.
+        linear = tl.where(v > 0, whole - rejected, -rejected)
+        return whole * tl.where(v > 0, neg_log_q, nll) + tl.where(linear == 0, 0.0, linear * v), whole * q - rejected
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bertloss_fast as bf
 
@@ -148,3 +149,26 @@ def test_gradient_accumulation_and_a_scaled_loss(device: torch.device, backend: 
         loss *= 0.25
         loss.backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_compiled_with_a_gamma_that_changes(device: torch.device) -> None:
+    x, y = batch(device)
+    module = bf.SigmoidFocalLoss(reduction="mean")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for gamma in (2.0, 1.5, 1.2):
+        module.gamma = gamma
+        torch.testing.assert_close(compiled(x, y), module(x, y))
+
+
+def test_traces_and_modes_see_plain_operations(device: torch.device) -> None:
+    """Nothing that was learnt by looking at one call's values may be kept for another's, or looked for in fake ones."""
+    x, y = batch(device)
+    hard, soft = y.float(), torch.rand(y.shape, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and still in use
+        traced = torch.jit.trace(lambda x, y: bf.sigmoid_focal_loss(x, y, reduction="mean"), (x, hard))
+    torch.testing.assert_close(traced(x, soft), bf.sigmoid_focal_loss(x, soft, reduction="mean"))
+    with FakeTensorMode() as mode:
+        fake = bf.sigmoid_focal_loss(mode.from_tensor(x), mode.from_tensor(hard))
+        assert fake.shape == x.shape
+    assert bf.binary_cross_entropy_with_logits(x, y).device == x.device

@@ -66,3 +66,28 @@ except ValueError as error:
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     )
     assert "backend: 'triton' cannot run on device 'cpu': Triton cannot be imported (no wheel" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "status", "shown"),
+    [("", 0, "backend=None picks eager"), ("triton", 1, "backend=None is an error: BERTLOSS_FAST_BACKEND")],
+)
+def test_self_check(backend: str, status: int, shown: str) -> None:
+    environment = {**os.environ, "BERTLOSS_FAST_BACKEND": backend, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-m", "bertloss_fast"], env=environment, capture_output=True, text=True)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert shown in result.stdout
+    assert "Triton compiles for GPUs only" in result.stdout
+
+
+def test_the_self_check_finds_a_wrong_loss() -> None:
+    program = """
+import sys, bertloss_fast, bertloss_fast.__main__ as check
+right = check.sigmoid_focal_loss
+check.sigmoid_focal_loss = lambda *args, **kwargs: right(*args, **kwargs) * 1.001
+sys.exit(check.main())
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "WRONG, error 1.0e-03" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -141,6 +142,42 @@ def test_gradient_of_a_soft_target_that_happens_to_be_hard(loss: str, backend: s
     ours = torch.autograd.grad(function(x, y, reduction="mean", backend=backend, **options), (x, y))
     theirs = torch.autograd.grad(oracle(x, y, reduction="mean", **options), (x, y))
     torch.testing.assert_close(ours, theirs, **DOUBLE)
+
+
+@pytest.mark.parametrize("loss", ["bce", "focal-2.0"])
+def test_create_graph_stops_at_the_loss(loss: str, backend: str, device: torch.device) -> None:
+    """What led to the logits is the outer graph's: its hooks fire once, and targets made of them are counted once."""
+    function, oracle, options = LOSSES[loss]
+    grads = []
+    for call in (functools.partial(function, backend=backend, **options), functools.partial(oracle, **options)):
+        x = logits(3, LABELS, device=device)
+        z = 2 * x
+        z.register_hook(lambda grad: 3 * grad)
+        loss = call(z, torch.sigmoid(0.5 * z), reduction="sum")
+        grads.append(torch.autograd.grad(loss, x, create_graph=True)[0])
+    torch.testing.assert_close(*grads, **DOUBLE)
+
+
+def test_batched_gradients(backend: str, device: torch.device) -> None:
+    x, y = logits(3, LABELS, device=device), uniform(3, LABELS, device=device) < 0.3
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
+    ours, theirs = (
+        torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+        for loss in (
+            bf.sigmoid_focal_loss(x, y, reduction="mean", backend=backend),
+            oracles.sigmoid_focal(x, y, reduction="mean"),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, **DOUBLE)
+
+
+def test_a_negation_that_torch_has_put_off(backend: str, device: torch.device) -> None:
+    x = torch.complex(*logits(2, 4, LABELS, device=device).detach()).conj().imag
+    assert x.is_neg()
+    y = uniform(4, LABELS, device=device) < 0.3
+    leaf = x.requires_grad_()
+    ours = value_and_grad(bf.sigmoid_focal_loss(leaf, y, backend=backend), leaf, x.detach())
+    torch.testing.assert_close(ours, value_and_grad(oracles.sigmoid_focal(leaf, y), leaf, x.detach()), **DOUBLE)
 
 
 shapes = st.one_of(

@@ -134,6 +134,32 @@ def test_infinite_and_missing_logits(
     assert grad[4:].isnan().all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_logits_of_soft_labels(dtype: torch.dtype, gamma: float, backend: str, device: torch.device) -> None:
+    x = torch.tensor([math.inf, -math.inf], dtype=dtype, device=device).requires_grad_()
+    y = torch.tensor([0.25, 0.25], dtype=dtype, device=device)
+    loss = bf.sigmoid_focal_loss(x, y, None, gamma, backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.tolist() == [math.inf, math.inf]
+    expected = torch.tensor([0.75**gamma * 0.75, -(0.25**gamma) * 0.25], dtype=dtype, device=device)
+    torch.testing.assert_close(grad, expected)
+    if gamma == 0:
+        bce = bf.binary_cross_entropy_with_logits(x, y, reduction="none", backend=backend)
+        assert bce.tolist() == [math.inf, math.inf]
+        torch.testing.assert_close(torch.autograd.grad(bce.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-8])
+def test_a_small_alpha_keeps_its_digits(share: float, backend: str, device: torch.device) -> None:
+    x = torch.tensor([-2.0, 0.5, 7.0], device=device).requires_grad_()
+    y = torch.ones_like(x, dtype=torch.bool)
+    whole = bf.sigmoid_focal_loss(x, y, None, backend=backend)
+    torch.testing.assert_close(bf.sigmoid_focal_loss(x, y, share, backend=backend), whole * share, rtol=1e-6, atol=0)
+    weighted = bf.sigmoid_focal_loss(x, y, None, pos_weight=torch.tensor(share, device=device), backend=backend)
+    torch.testing.assert_close(weighted, whole * share, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 def test_large_finite_logits(gamma: float, dtype: torch.dtype, backend: str, device: torch.device) -> None:

@@ -46,8 +46,16 @@ def _check_binary(name: str, targets: Tensor) -> None:
         raise ValueError(f"{name}: expected 0 or 1, got {targets[tuple(wrong)].item()} at {tuple(wrong)}")
 
 
+def check_probabilities(name: str, values: Tensor) -> None:
+    """Floating values from 0 to 1, where a look at them is free."""
+    if values.is_floating_point() and values.numel() and dispatch.can_check_values(values.device):
+        low, high = (value.item() for value in values.detach().aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"{name}: expected values from 0 to 1, got {low if low < 0 else high:g}")
+
+
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
@@ -60,9 +68,16 @@ def check_number(name: str, value: float, low: float, high: float = math.inf) ->
     expected = f"a number >= {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if not low <= value <= high or not math.isfinite(value):
+    if not low <= value <= high or value in (math.inf, -math.inf) or value > 1e300:
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return float(value)
+
+
+def check_alpha(alpha: float) -> float | None:
+    """A class weight from 0 to 1; a negative number stands for none."""
+    if isinstance(alpha, Real) and alpha < 0:
+        return None
+    return check_number("alpha", alpha, 0, 1)
 
 
 def check_vector(name: str, vector: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
@@ -71,7 +86,7 @@ def check_vector(name: str, vector: Tensor | None, inputs_name: str, inputs: Ten
         return
     _check_constant(name, vector, inputs_name, inputs)
     num_labels = inputs.shape[-1] if inputs.dim() else 1
-    if vector.dim() > 1 or vector.numel() not in (1, num_labels):
+    if vector.dim() > min(inputs.dim(), 1) or vector.numel() not in (1, num_labels):
         raise ValueError(
             f"{name}: expected shape ({num_labels},), one value a label of {inputs_name}, or a scalar, "
             f"got {tuple(vector.shape)}"
@@ -96,8 +111,8 @@ def check_weight(weight: Tensor | None, inputs_name: str, inputs: Tensor, *, bro
 
 def _check_constant(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
     _check_tensor(name, tensor)
-    if tensor.is_complex():
-        raise TypeError(f"{name}: expected a real dtype, got {_short(tensor.dtype)}")
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATING):
+        raise TypeError(f"{name}: expected a real dtype of at least 16 bits, got {_short(tensor.dtype)}")
     if tensor.requires_grad:
         raise ValueError(f"{name}: expected a tensor without gradient, since none flows to it; got requires_grad=True")
     _check_device(name, tensor, inputs_name, inputs)
@@ -106,6 +121,8 @@ def _check_constant(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor)
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {_short(value.layout)}")
 

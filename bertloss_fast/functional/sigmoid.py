@@ -8,7 +8,16 @@ from torch.nn import _reduction
 
 from ..ops import dispatch
 from ..ops.sigmoid import Operands, Spec, sigmoid_loss
-from .checks import check_inputs, check_number, check_reduction, check_targets, check_vector, check_weight
+from .checks import (
+    check_alpha,
+    check_inputs,
+    check_number,
+    check_probabilities,
+    check_reduction,
+    check_targets,
+    check_vector,
+    check_weight,
+)
 
 
 def sigmoid_focal_loss(
@@ -33,8 +42,7 @@ def sigmoid_focal_loss(
     Args:
         inputs: logits, ``[..., L]``, of any strides, in float16, bfloat16, float32 or float64.
         targets: labels of the same shape: bool, any integer dtype (0 and 1), or floating, where values between 0 and 1
-            are soft labels (others are not refused, and mean nothing). They are read as they are: a bool target costs
-            one byte of traffic, an int64 eight.
+            are soft labels. They are read as they are: a bool target costs one byte of traffic, an int64 eight.
         alpha: weight of the positive labels against the negative ones, in [0, 1]; a tensor ``[L]`` gives each label
             its own; ``None`` or a negative number means no such weight. Numbers are compiled in: each new value of
             alpha or gamma compiles a kernel.
@@ -51,8 +59,8 @@ def sigmoid_focal_loss(
         which torch promotes inputs and targets (under autocast at least float32). An empty batch gives 0.
 
     Raises:
-        TypeError, ValueError: if an argument does not fit; nothing has been computed then. Integer targets other than
-            0 and 1 are found on the CPU, and on a GPU with ``BERTLOSS_FAST_DEBUG=1``.
+        TypeError, ValueError: if an argument does not fit; nothing has been computed then. Targets other than 0 and 1,
+            soft ones outside of [0, 1], are found on the CPU, and on a GPU with ``BERTLOSS_FAST_DEBUG=1``.
 
     Example::
 
@@ -67,6 +75,7 @@ def sigmoid_focal_loss(
     """
     check_inputs("inputs", inputs)
     check_targets("targets", targets, "inputs", inputs)
+    check_probabilities("targets", targets)
     alpha = _check_alpha(alpha, inputs)
     gamma = check_number("gamma", gamma, 0)
     check_reduction(reduction)
@@ -159,11 +168,9 @@ def _check_alpha(alpha: float | Tensor | None, inputs: Tensor) -> float | Tensor
     if alpha is None:
         return None
     if not isinstance(alpha, Tensor):
-        alpha = check_number("alpha", alpha, float("-inf"), 1)
-        return None if alpha < 0 else alpha
+        return check_alpha(alpha)
     check_vector("alpha", alpha, "inputs", inputs)
-    if dispatch.can_check_values(alpha.device) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
-        raise ValueError(f"alpha: expected values from 0 to 1, got {alpha.min().item():g} to {alpha.max().item():g}")
+    check_probabilities("alpha", alpha)
     return alpha
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from .. import functional as F
-from ..functional.checks import check_backend, check_number, check_reduction
+from ..functional.checks import check_alpha, check_backend, check_number, check_reduction
 
 
 class SigmoidFocalLoss(nn.Module):
@@ -57,7 +57,7 @@ class SigmoidFocalLoss(nn.Module):
         if isinstance(alpha, Tensor):
             self.register_buffer("alpha", alpha)
         else:
-            self.alpha = alpha if alpha is None else check_number("alpha", alpha, float("-inf"), 1)
+            self.alpha = alpha if alpha is None else check_alpha(alpha)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
 

@@ -75,13 +75,23 @@ _chosen, _source = os.environ.get("BERTLOSS_FAST_BACKEND") or None, "BERTLOSS_FA
 
 
 def needs_plain_operations() -> bool:
-    """Whether torch must see through the loss: inside a torch.func transform, torch.compile or forward-mode autograd.
+    """Whether torch must see through the loss: in torch.func, torch.compile, forward-mode autograd, traces and modes.
 
-    A `torch.autograd.Function` would be refused there, or return wrong derivatives without a word.
+    A `torch.autograd.Function` would be refused there, or return wrong derivatives without a word; and a look at values
+    would be refused, or its answer kept for other values.
     """
     return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_batched(upstream: torch.Tensor) -> bool:
+    """Whether a gradient stands for many at once, as `torch.autograd.grad(..., is_grads_batched=True)` makes them."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(upstream))
 
 
 def can_check_values(device: torch.device) -> bool:

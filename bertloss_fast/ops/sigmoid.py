@@ -90,7 +90,7 @@ class _SigmoidLoss(torch.autograd.Function):
         *saved, denominator, grad = ctx.saved_tensors
         operands = Operands(*saved)
         of_inputs, of_targets, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or dispatch.needs_plain_operations() or dispatch.is_batched(upstream):
             return *_by_autograd(ctx.spec, operands, upstream, of_inputs, of_targets), *(None,) * 5
         grad_targets = _by_autograd(ctx.spec, operands, upstream, False, True)[1] if of_targets else None
         if not of_inputs:
@@ -129,9 +129,12 @@ def _by_autograd(
     """Gradients that can be differentiated again when grad mode is on, and those of soft targets."""
     create_graph = torch.is_grad_enabled()
     inputs, targets = operands.inputs, operands.targets
-    if not create_graph:
-        inputs, targets = inputs.detach().requires_grad_(of_inputs), targets.detach().requires_grad_(of_targets)
     with torch.enable_grad():
+        if create_graph:
+            # Aliases, so that the gradient stops at this loss: what led to its inputs is the outer graph's.
+            inputs, targets = inputs.view_as(inputs), targets.view_as(targets)
+        else:
+            inputs, targets = inputs.detach().requires_grad_(of_inputs), targets.detach().requires_grad_(of_targets)
         operands = operands._replace(inputs=inputs, targets=targets)
         loss = _differentiable(spec, operands, soft=targets.is_floating_point())
     sources = [tensor for tensor, wanted in ((inputs, of_inputs), (targets, of_targets)) if wanted]
@@ -149,13 +152,15 @@ def _as_matrices(operands: Operands) -> Operands:
     """Every operand as [N, L] or [L], by views wherever strides allow them."""
     inputs, targets, alpha, weight, pos_weight = operands
     shape = _rows_and_labels(inputs)
-    return Operands(
-        inputs.reshape(shape),
-        targets.reshape(shape),
-        None if alpha is None else alpha.expand(shape[1]),
-        None if weight is None else weight.expand(inputs.shape).reshape(shape),
-        None if pos_weight is None else pos_weight.expand(shape[1]),
-    )
+
+    def matrix(tensor: Tensor) -> Tensor:
+        return tensor.expand(inputs.shape).reshape(shape).resolve_neg()  # a negation that torch has put off
+
+    def vector(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.expand(shape[1]).resolve_neg()
+
+    weight = None if weight is None else matrix(weight)
+    return Operands(matrix(inputs), matrix(targets), vector(alpha), weight, vector(pos_weight))
 
 
 def _triton_forward(
@@ -180,6 +185,7 @@ def _triton_backward(
 ) -> Tensor:
     """The gradient; a launch that returns at once where it is written and the upstream is 1."""
     inputs = operands.inputs
+    upstream = upstream.resolve_neg()
     grad = inputs.new_empty(inputs.shape) if written is None else written
     if inputs.numel() == 0:
         return grad

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-# A number would be wrapped in a tensor at every call, which costs as much as the operation on a small loss.
-_ONE = torch.ones((), device="cpu")
 # Beyond it softplus is the identity: at 20, torch's default, that costs a double its last digits.
 _LINEAR = 40.0
 
@@ -70,8 +68,10 @@ def _cross_entropy(v: Tensor, soft: Soft | None) -> Tensor:
     loss = softplus(v, threshold=_LINEAR)
     if soft is None:
         return loss
-    # 0 * inf is 0 here: an infinite logit costs nothing that its label does not ask for.
-    return soft.whole * loss - torch.nan_to_num(soft.rejected * v, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    # At an infinite logit the two terms would be inf - inf, or 0 * inf: only what its label asks for counts there.
+    linear = torch.where(v > 0, soft.whole - soft.rejected, -soft.rejected)
+    limit = torch.where(linear == 0, 0.0, linear * v)
+    return torch.where(v.isinf(), limit, soft.whole * loss - soft.rejected * v)
 
 
 def _cross_entropy_slope(q: Tensor, soft: Soft | None) -> Tensor:
@@ -114,20 +114,22 @@ def elementwise(
     labels = None
     if soft:
         hard = (y > 0.5).to(dtype)
-        sign = torch.sub(_ONE, hard, alpha=2)
+        sign = torch.rsub(hard, 1.0, alpha=2)
         labels = _soft(y, hard, sign, pos_weight)
     else:
-        sign = torch.sub(_ONE, y, alpha=2)
+        sign = torch.rsub(y, 1.0, alpha=2)
     # A number is folded into alpha's two values. An upstream gradient is not: it may be infinite, and 0 * inf is NaN.
     number = 1.0 if isinstance(scale, Tensor) else scale
     factor: Factor = number if number != 1 else None
-    if alpha is not None:
+    # Both terms spelled out: (2 alpha - 1) y + (1 - alpha) would lose a small alpha's digits.
+    negative = None if alpha is None and (pos_weight is None or soft) else 1 - y
+    if alpha is not None and negative is not None:
         alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
-        factor = y * ((2 * alpha - 1) * number) + (1 - alpha) * number
+        factor = y * (alpha * number) + negative * ((1 - alpha) * number)
     if weight is not None:
         factor = _weighted(weight.to(dtype), factor)
-    if pos_weight is not None and not soft:
-        factor = _weighted(y * (pos_weight.to(dtype) - 1) + 1, factor)
+    if pos_weight is not None and negative is not None and not soft:
+        factor = _weighted(y * pos_weight.to(dtype) + negative, factor)
     if isinstance(scale, Tensor):
         factor = _weighted(scale, factor)
     loss, loss_slope = FORMULAS[formula](sign * x, labels, factor, *params, slope=slope)
