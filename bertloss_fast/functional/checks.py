@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..ops import dispatch
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "mean_positive")
+_LARGEST = 1e300  # of a number that has no bound of its own; infinity is none
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -63,19 +63,21 @@ def check_backend(backend: str | None) -> None:
     dispatch.check_name("backend", backend)
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
-    """A finite number in [low, high]."""
-    expected = f"a number >= {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+def check_number(name: str, value: float, low: float, high: float = _LARGEST) -> float:
+    """A number in [low, high]."""
+    if type(value) is float and low <= value <= high:  # the common case costs a loss of 32 x 100 no microsecond
+        return value
+    expected = f"a number >= {low:g}" if high == _LARGEST else f"a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if not low <= value <= high or value in (math.inf, -math.inf) or value > 1e300:
+    if not low <= value <= high:
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return float(value)
 
 
 def check_alpha(alpha: float) -> float | None:
     """A class weight from 0 to 1; a negative number stands for none."""
-    if isinstance(alpha, Real) and alpha < 0:
+    if isinstance(alpha, float | int) and alpha < 0:
         return None
     return check_number("alpha", alpha, 0, 1)
 

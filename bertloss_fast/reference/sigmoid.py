@@ -121,15 +121,16 @@ def elementwise(
     # A number is folded into alpha's two values. An upstream gradient is not: it may be infinite, and 0 * inf is NaN.
     number = 1.0 if isinstance(scale, Tensor) else scale
     factor: Factor = number if number != 1 else None
-    # Both terms spelled out: (2 alpha - 1) y + (1 - alpha) would lose a small alpha's digits.
-    negative = None if alpha is None and (pos_weight is None or soft) else 1 - y
-    if alpha is not None and negative is not None:
+    if isinstance(alpha, float) and alpha >= 0.1:
+        factor = y * ((2 * alpha - 1) * number) + (1 - alpha) * number
+    elif alpha is not None:
+        # A smaller alpha would lose its digits to that sum.
         alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
-        factor = y * (alpha * number) + negative * ((1 - alpha) * number)
+        factor = y * (alpha * number) + (1 - y) * ((1 - alpha) * number)
     if weight is not None:
         factor = _weighted(weight.to(dtype), factor)
-    if pos_weight is not None and negative is not None and not soft:
-        factor = _weighted(y * pos_weight.to(dtype) + negative, factor)
+    if pos_weight is not None and not soft:
+        factor = _weighted(y * pos_weight.to(dtype) + (1 - y), factor)
     if isinstance(scale, Tensor):
         factor = _weighted(scale, factor)
     loss, loss_slope = FORMULAS[formula](sign * x, labels, factor, *params, slope=slope)
