@@ -26,6 +26,7 @@ USE_PTX = tl.constexpr(
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LARGE = tl.constexpr(1e30)  # finite stand-in for infinity: 0 * LARGE is 0
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of fp32
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 TO_12_BITS = tl.constexpr(2.0**41 + 1.0)  # t = 53 - 12 bits in Veltkamp's splitting of a double
 

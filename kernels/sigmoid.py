@@ -19,21 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import LARGE, load_as, power, sigmoids, store_rounded
+from .device import LARGE, LARGEST, load_as, power, sigmoids, store_rounded
 from .launch import launch_scope
 
 
 @triton.jit
 def bce(v, soft, PARAMS: tl.constexpr, FAST: tl.constexpr):
     """Binary cross-entropy and its slope."""
-    _, q, nll, neg_log_q = sigmoids(v, FAST)
+    _, q, nll, _ = sigmoids(v, FAST)
     if soft is None:
         return nll, q
     else:
         whole, rejected, _ = soft
-        # -log p is v - log q: taken apart where v > 0, so that no two infinities are subtracted.
-        linear = tl.where(v > 0, whole - rejected, -rejected)
-        return whole * tl.where(v > 0, neg_log_q, nll) + tl.where(linear == 0, 0.0, linear * v), whole * q - rejected
+        # No two infinities are subtracted, and none is multiplied by 0.
+        linear = tl.where(rejected == 0, 0.0, rejected * tl.minimum(v, LARGEST))
+        return whole * nll - linear, whole * q - rejected
 
 
 @triton.jit
