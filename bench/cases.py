@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bertloss_fast.targets import SparseLabels
+
 SUITES = ("sigmoid", "small", "memory")
-MeanLoss = Callable[[Tensor, Tensor], Tensor]
+Targets = Tensor | SparseLabels
+TWIN = torch.uint8  # of SparseLabels, for peers
+MeanLoss = Callable[[Tensor, Any], Tensor]  # of logits and Targets; a peer's takes tensors only
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,19 @@ class Case:
     ``pages`` matters on a CPU only: whether the allocator keeps freed memory, or hands it back and has the system clear
     fresh pages for every large tensor. Left alone, glibc does either at this size, by luck, and PyTorch's dozen
     temporaries take four times as long with the one as with the other.
+
+    Without a ``target_dtype`` the targets are SparseLabels, which a peer gets as a dense tensor of bytes. Every tenth
+    label is positive, or ``labels_per_row`` of them.
     """
 
     suite: str
     loss: str
     shape: tuple[int, int]
     dtype: torch.dtype
-    target_dtype: torch.dtype
+    target_dtype: torch.dtype | None
     upstream: float = 1.0
     pages: str = "kept"
+    labels_per_row: int | None = None
 
     @property
     def numel(self) -> int:
@@ -37,8 +45,8 @@ class Case:
 
     @property
     def floor_bytes(self) -> int:
-        """Logits and targets read once, the gradient written once."""
-        return self.numel * (2 * self.dtype.itemsize + self.target_dtype.itemsize)
+        """Logits and dense targets read once, the gradient written once; the few bytes of SparseLabels are left out."""
+        return self.numel * (2 * self.dtype.itemsize + (self.target_dtype.itemsize if self.target_dtype else 0))
 
     @property
     def logits_bytes(self) -> int:
@@ -47,16 +55,22 @@ class Case:
     @property
     def title(self) -> str:
         rows, labels = self.shape
+        targets = f"{name(self.target_dtype)} targets" if self.target_dtype else "SparseLabels"
+        per_row = "" if self.labels_per_row is None else f", {self.labels_per_row} labels a row"
         scaled = "" if self.upstream == 1 else f", upstream {self.upstream:.2g}"
         pages = "" if self.pages == "kept" else f", {self.pages} pages"
-        return f"{self.loss}, {rows} x {labels} {name(self.dtype)}, {name(self.target_dtype)} targets{scaled}{pages}"
+        return f"{self.loss}, {rows} x {labels} {name(self.dtype)}, {targets}{per_row}{scaled}{pages}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"dtype": name(self.dtype), "target_dtype": name(self.target_dtype)}
+        target_dtype = name(self.target_dtype) if self.target_dtype else "sparse"
+        return asdict(self) | {"dtype": name(self.dtype), "target_dtype": target_dtype}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Case:
-        dtypes = {key: getattr(torch, fields[key]) for key in ("dtype", "target_dtype")}
+        # In torch "sparse" is the name of a module.
+        dtypes = {
+            key: None if fields[key] == "sparse" else getattr(torch, fields[key]) for key in ("dtype", "target_dtype")
+        }
         return cls(**(fields | dtypes | {"shape": tuple(fields["shape"])}))
 
 
@@ -65,7 +79,10 @@ def name(dtype: torch.dtype) -> str:
 
 
 class Provider(NamedTuple):
-    """One who computes a family's losses: of each, its label in a table and the function of the mean loss."""
+    """One who computes a family's losses: of each, its label in a table and the function of the mean loss.
+
+    Ours take SparseLabels, the others only tensors.
+    """
 
     name: str
     losses: dict[str, tuple[str, MeanLoss]]
@@ -111,6 +128,8 @@ def start_rows(case: Case, providers: Iterable[Provider], device: torch.device) 
         if case.loss in provider.losses:
             reason = provider.why_not(device)
             label = provider.losses[case.loss][0]
+            if case.target_dtype is None and not provider.ours:
+                label += f", dense {name(TWIN)} targets"
             rows.append(Row(case, provider.name, label, provider.ours, "skipped" if reason else "ok", reason or ""))
     return rows
 
@@ -121,15 +140,28 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {re.sub(r'/[^ ]+/', '', lines[0])}"[:100]
 
 
-def make_data(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits up to about ±20, so that saturation is met, and every tenth label positive."""
+def make_data(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor, Targets]:
+    """Logits up to about ±20, so that saturation is met, and the targets."""
     generator = torch.Generator(device).manual_seed(seed)
     inputs = torch.empty(case.shape, dtype=case.dtype, device=device).normal_(0, 4, generator=generator)
-    targets = torch.empty(case.shape, dtype=case.target_dtype, device=device).bernoulli_(0.1, generator=generator)
-    return inputs.requires_grad_(), targets
+    inputs.requires_grad_()
+    if case.labels_per_row is None:
+        dense = torch.empty(case.shape, dtype=case.target_dtype or TWIN, device=device)
+        dense.bernoulli_(0.1, generator=generator)
+        return inputs, dense if case.target_dtype else SparseLabels.from_dense(dense)
+    (rows, num_labels), count = case.shape, case.labels_per_row
+    drawn = torch.randint(num_labels - count + 1, (rows, count), device=device, generator=generator)
+    distinct = drawn.sort(dim=1).values + torch.arange(count, device=device)
+    labels = SparseLabels.from_padded(distinct, num_labels)
+    return inputs, labels.to_dense(case.target_dtype) if case.target_dtype else labels
 
 
-def step(case: Case, loss: MeanLoss, inputs: Tensor, targets: Tensor) -> Tensor:
+def as_tensor(targets: Targets) -> Tensor:
+    """What a peer is given."""
+    return targets.to_dense(TWIN) if isinstance(targets, SparseLabels) else targets
+
+
+def step(case: Case, loss: MeanLoss, inputs: Tensor, targets: Targets) -> Tensor:
     """One forward and backward pass."""
     inputs.grad = None
     value = loss(inputs, targets)

@@ -15,6 +15,7 @@ class Claim:
     """A bound on a provider's speed or time relative to a peer's; without a peer, on its memory in logits tensors.
 
     ``at_least`` bounds how many times as fast as the peer it is, ``at_most`` how many times the peer's time it takes.
+    With ``over_gradient`` memory is what comes on top of one gradient of the logits, in MiB.
     """
 
     text: str
@@ -23,6 +24,7 @@ class Claim:
     peer: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    over_gradient: bool = False
 
     def measured(self, rows: Iterable[Row]) -> float | None:
         """The figure of a run; None where the run does not hold it."""
@@ -31,12 +33,17 @@ class Claim:
         if own is None:
             return None
         if self.peer is None:
-            return None if own.peak_bytes is None else own.peak_bytes / self.case.logits_bytes
+            return None if own.peak_bytes is None else self._memory(own.peak_bytes)
         peer = found.get(self.peer)
         if own.seconds is None or peer is None or peer.seconds is None:
             return None
         time = own.seconds.median / peer.seconds.median
         return time if self.at_least is None else 1 / time
+
+    def _memory(self, peak_bytes: int) -> float:
+        if self.over_gradient:
+            return (peak_bytes - self.case.logits_bytes) / 2**20
+        return peak_bytes / self.case.logits_bytes
 
     def verdict(self, rows: Iterable[Row]) -> dict[str, Any] | None:
         """What the report says about it; None where the run does not hold it."""

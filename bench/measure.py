@@ -18,7 +18,9 @@ from statistics import quantiles
 import torch
 from torch import Tensor
 
-from .cases import Case, MeanLoss, Provider, Quartiles, Row, describe, make_data, start_rows, step
+from bertloss_fast.targets import SparseLabels
+
+from .cases import Case, MeanLoss, Provider, Quartiles, Row, Targets, as_tensor, describe, make_data, start_rows, step
 
 COPY = "copy of as many bytes"
 
@@ -41,14 +43,19 @@ def measure_time(
 ) -> list[Row]:
     """Check every provider that can run, then time the right ones in turns for about ``budget`` seconds."""
     data = [make_data(case, device, seed) for seed in range(_num_copies(case, device))]
+    dense = [(inputs, as_tensor(targets)) for inputs, targets in data]
     losses = {p.name: p.losses[case.loss][1] for p in providers if case.loss in p.losses}
     rows = start_rows(case, providers, device)
     for row in rows:
         if row.status == "ok":
-            row.status, row.note = _check(row, losses[row.provider], oracle, *data[0])
+            row.status, row.note = _check(row, losses[row.provider], oracle, *(data if row.ours else dense)[0])
 
     host_counts = case.suite == "small" or device.type == "cpu"
-    runs = {row.provider: _rotate(case, losses[row.provider], data) for row in rows if row.status == "ok"}
+    runs = {
+        row.provider: _rotate(case, losses[row.provider], data if row.ours else dense)
+        for row in rows
+        if row.status == "ok"
+    }
     if case.suite != "small":
         runs[COPY] = _copy(case, device)
         rows.append(Row(case, COPY, COPY))
@@ -125,7 +132,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _rotate(case: Case, loss: MeanLoss, data: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:
+def _rotate(case: Case, loss: MeanLoss, data: Sequence[tuple[Tensor, Targets]]) -> Callable[[], object]:
     turns = itertools.cycle(data)
     return lambda: step(case, loss, *next(turns))
 
@@ -156,7 +163,7 @@ def _cache_bytes(device: torch.device) -> int:
     return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
-def _check(row: Row, loss: MeanLoss, oracle: Oracle, inputs: Tensor, targets: Tensor) -> tuple[str, str]:
+def _check(row: Row, loss: MeanLoss, oracle: Oracle, inputs: Tensor, targets: Targets) -> tuple[str, str]:
     """Note the errors of loss and gradient, and return what they amount to."""
     try:
         value = step(row.case, loss, inputs, targets)
@@ -176,18 +183,20 @@ def _check(row: Row, loss: MeanLoss, oracle: Oracle, inputs: Tensor, targets: Te
 
 
 def errors(
-    case: Case, oracle: Oracle, inputs: Tensor, targets: Tensor, value: Tensor, grad: Tensor
+    case: Case, oracle: Oracle, inputs: Tensor, targets: Targets, value: Tensor, grad: Tensor
 ) -> tuple[float, float]:
     """Relative error of the loss, and of the gradient in units of its largest element, against float64 autograd."""
     scale = case.upstream / case.numel
     total, worst, largest = (torch.zeros((), dtype=torch.float64, device=inputs.device) for _ in range(3))
     num_rows = max(1, _ORACLE_ELEMENTS // case.shape[1])
-    for x, y, g in zip(inputs.split(num_rows), targets.split(num_rows), grad.split(num_rows), strict=True):
-        x64 = x.double().requires_grad_()
-        part = oracle(case.loss, x64, y.double()).sum()
+    for start in range(0, case.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        x64, y = inputs[rows].double().requires_grad_(), targets[rows]
+        y64 = y.to_dense(torch.float64) if isinstance(y, SparseLabels) else y.double()
+        part = oracle(case.loss, x64, y64).sum()
         (expected,) = torch.autograd.grad(part, x64)
         total += part.detach()
-        worst = torch.maximum(worst, (g.double() - expected * scale).abs().max())
+        worst = torch.maximum(worst, (grad[rows].double() - expected * scale).abs().max())
         largest = torch.maximum(largest, (expected * scale).abs().max())
     expected_loss = total / case.numel
     return ((value - expected_loss) / expected_loss).abs().item(), (worst / largest).item()

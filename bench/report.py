@@ -33,8 +33,10 @@ _INTRODUCTION = """# Benchmarks
 `python -m bench report` writes it again; edits here are lost. All providers of a case take turns in one run, on inputs
 that rotate through more memory than the last cache holds; times are medians, with the quartiles beside them. Before it
 is timed, each one's loss and gradient are compared with float64; the error is the gradient's, in units of its largest
-element. The floor is the logits and targets read once and the gradient written once; the copy moves as many bytes.
-The loss is the mean; upstream is what its gradient is multiplied by (1 unless it is named).
+element. The floor is the logits and dense targets read once and the gradient written once; the copy moves as many
+bytes. The loss is the mean; upstream is what its gradient is multiplied by (1 unless it is named). Every tenth label is
+positive, or as many a row as are named. PyTorch's losses cannot take SparseLabels: where ours do, theirs are given the
+same labels as dense bytes.
 
 On a CPU each case has a process of its own. Its allocator keeps freed memory, as jemalloc or a warm heap does, or,
 where it says "fresh pages", hands large tensors back at once, as glibc does with any above 32 MiB; the system then

@@ -93,8 +93,18 @@ class Code(NamedTuple):
         for index, (_, jump) in enumerate(self.instructions):
             if jump is not None and jump < index:  # a jump to itself only pads the end
                 ends[jump] = index + 1
-        bodies = [self.instructions[start:end] for start, end in sorted(ends.items())]
-        return [body for body in bodies if widths(body, "load")]
+        outermost, reached = [], 0
+        for start, end in sorted(ends.items()):
+            if start >= reached:  # what lies within another is a part of it
+                outermost.append(self._relative(start, end))
+                reached = end
+        return [body for body in outermost if widths(body, "load")]
+
+    def _relative(self, start: int, end: int) -> list[Instruction]:
+        """A part of the code, with jumps that count from its beginning."""
+        return [
+            Instruction(opcode, None if jump is None else jump - start) for opcode, jump in self.instructions[start:end]
+        ]
 
 
 def parse_sass(text: str) -> Code:
@@ -138,6 +148,37 @@ def machine_code(kernel: CompiledKernel) -> Code:
         return parse_sass(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def shortest_way(body: list[Instruction]) -> list[Instruction]:
+    """The fewest instructions from the beginning of a loop to its end.
+
+    Where a loop has rare parts, such as the tiles of sparse targets that have labels, this is the way around them; a
+    loop within it counts as passed over.
+    """
+    last = len(body) - 1
+    before: dict[int, int] = {}
+    frontier = [0]
+    while last not in before and frontier:
+        steps = []
+        for index in frontier:
+            jump = body[index].jump
+            following = [index + 1] if jump is None or not index < jump <= last else [index + 1, jump]
+            for step in following:
+                if step <= last and step not in before:
+                    before[step] = index
+                    steps.append(step)
+        frontier = steps
+    way = [last]
+    while way[-1] != 0:
+        way.append(before[way[-1]])
+    return [body[index] for index in reversed(way)]
+
+
+def inner_loops(body: list[Instruction]) -> list[list[Instruction]]:
+    """The loops within a loop, in the order of the code."""
+    jumps = {jump: index + 1 for index, (_, jump) in enumerate(body[:-1]) if jump is not None and 0 <= jump < index}
+    return [body[start:end] for start, end in sorted(jumps.items())]
+
+
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _WIDTHS |= {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
@@ -167,12 +208,14 @@ class Report(NamedTuple):
     spills: int
     loops: int  # two: full tiles, and the rest
     once: int  # instructions outside the first
-    # of the first loop
+    # of the first loop, on its shortest way: that of a tile without labels
     elements: int  # of a thread, in one turn
     instructions: float  # per element
     special: float  # functions per element
+    search: float  # instructions per element, for each step of the search for the tile's labels
     loads: dict[str, int]  # in one turn: width in bytes, number
     stores: dict[str, int]
+    spills_on_way: int  # accesses to the stack
     exchanges: int  # shared memory, shuffles and barriers
 
 
@@ -181,6 +224,8 @@ def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
     loops = code.loops()
     # Full tiles come first in the source, and the compilers keep it so.
     body = loops[0] if loops else []
+    searches = inner_loops(body)
+    way = shortest_way(body) if searches else body
     block = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
     elements = block // (kernel.metadata.num_warps * ARCHS[arch].warp_size)
     return Report(
@@ -192,11 +237,13 @@ def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
         len(loops),
         len(code.instructions) - len(body),
         elements,
-        len(body) / elements,
-        _count(body, r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_") / elements,
-        widths(body, "load"),
-        widths(body, "store"),
-        _count(body, r"BAR\b|LDS|STS|SHFL|s_barrier|ds_"),
+        len(way) / elements,
+        _count(way, r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_") / elements,
+        len(searches[0]) / elements if searches else 0.0,
+        widths(way, "load"),
+        widths(way, "store"),
+        _count(way, r"LDL|STL|scratch_"),
+        _count(way, r"BAR\b|LDS|STS|SHFL|s_barrier|ds_"),
     )
 
 

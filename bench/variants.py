@@ -8,7 +8,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from bertloss_fast.kernels.sigmoid import sigmoid_launcher, sum_launcher
+from bertloss_fast.kernels.formulas import Values
+from bertloss_fast.kernels.passes import sum_launcher
+from bertloss_fast.kernels.sigmoid import sigmoid_launcher
 from torch import Tensor
 
 _empty = partial(torch.empty, device="meta")
@@ -20,10 +22,14 @@ class Sigmoid(NamedTuple):
     formula: str
     params: tuple[float, ...] = ()
     inputs: torch.dtype = torch.bfloat16
-    targets: torch.dtype = torch.uint8
+    targets: torch.dtype | str = torch.uint8  # a dtype, or "sparse"
     alpha: float | str | None = None  # a number, or "[L]"
     weight: str | None = None  # "[L]" or "[N, L]"
     pos_weight: str | None = None  # "[L]"
+    sample_weight: bool = False
+    mask: bool = False
+    ignored: float | None = None
+    smoothing: float = 0.0
     # "forward" writes partial sums and the gradient, "loss" the sums alone, "none" a loss for each element. "backward"
     # and "backward none" are the gradients of the two; "backward again" is the former where no gradient is written yet.
     step: str = "forward"
@@ -49,29 +55,48 @@ class Sigmoid(NamedTuple):
         else:
             loss = _empty(8, dtype=self.compute_dtype)
             grad = None if self.step == "loss" else grad
-        weight = self._operand(self.weight)
+        factors = [self._operand(self.weight)]
+        if self.sample_weight:
+            factors.append(_empty(self.rows, dtype=self.compute_dtype)[:, None].expand(shape))
+        if not reduced:
+            factors.append(upstream)
+        if self.targets == "sparse":
+            targets = _empty(self.rows + 1, dtype=torch.int64), _empty(5 * self.rows, dtype=torch.int32)
+        else:
+            targets = _empty(shape, dtype=self.targets)
         sigmoid_launcher(
             self.formula,
             self.params,
             _empty(self.rows, self.row_stride or self.num_labels, dtype=self.inputs)[:, : self.num_labels],
-            _empty(shape, dtype=self.targets),
+            targets,
             self._operand(self.alpha) if isinstance(self.alpha, str) else self.alpha,
-            None if weight is None else weight.expand(shape),
             self._operand(self.pos_weight),
+            tuple(factor for factor in factors if factor is not None),
+            _empty(shape, dtype=torch.bool) if self.mask else None,
+            self._values(),
             _empty((), dtype=self.compute_dtype) if self.counted else self.rows * self.num_labels,
-            upstream,
+            upstream if reduced else None,
             loss,
             grad,
+            smoothing=self.smoothing,
+            ignored=self.ignored,
             reduced=reduced,
             written=self.step == "backward",
             compute_dtype=self.compute_dtype,
         )
 
+    def _values(self) -> Values:
+        """What the formula reads beside logits and labels."""
+        empty = partial(_empty, dtype=self.compute_dtype)
+        if self.formula == "balanced":
+            return Values(by_label=empty(2, self.num_labels), by_row=empty(self.rows))
+        return Values(table=empty(self.params[0])) if self.formula == "ghm" else Values()
+
     def _operand(self, shape: str | None) -> Tensor | None:
         if shape is None:
             return None
         sizes = {"[L]": (self.num_labels,), "[N, L]": (self.rows, self.num_labels)}
-        return _empty(sizes[shape], dtype=self.compute_dtype)
+        return _empty(sizes[shape], dtype=self.compute_dtype).expand(sizes["[N, L]"])
 
 
 class Sum(NamedTuple):
@@ -84,6 +109,9 @@ class Sum(NamedTuple):
 
 
 _FOCAL_2 = Sigmoid("focal", (2,))
+_ASL = Sigmoid("asymmetric", (4.0, 1.0, 0.05, False))
+_DB = Sigmoid("balanced", (2.0, 2.0, 2.0, 0.1, 10.0, 0.2))
+_GHM = Sigmoid("ghm", (30,))
 
 VARIANTS: dict[str, Sigmoid | Sum] = {
     "bce": Sigmoid("bce"),
@@ -124,6 +152,32 @@ VARIANTS: dict[str, Sigmoid | Sum] = {
     "bce weight matrix": Sigmoid("bce", weight="[N, L]"),
     "bce padded rows": Sigmoid("bce", num_labels=1000, row_stride=1008),
     "bce odd rows": Sigmoid("bce", num_labels=1000, row_stride=1007),
+    # the other formulas
+    "poly": Sigmoid("poly", (0.0, 2.0)),
+    "poly focal 2": Sigmoid("poly", (2.0, 2.0)),
+    "asymmetric": _ASL,
+    "asymmetric unclipped": _ASL._replace(params=(4.0, 1.0, 0.0, False)),
+    "asymmetric fp32": _ASL._replace(inputs=torch.float32),
+    "asymmetric soft": _ASL._replace(targets=torch.float32),
+    "balanced": _DB,
+    "balanced soft": _DB._replace(targets=torch.float32),
+    "ghm": _GHM,
+    "ghm soft": _GHM._replace(targets=torch.float32),
+    # options
+    "focal 2 alpha smoothing": _FOCAL_2._replace(alpha=0.25, smoothing=0.1),
+    "focal 2 alpha ignored": _FOCAL_2._replace(alpha=0.25, targets=torch.int8, ignored=-100),
+    "focal 2 alpha mask": _FOCAL_2._replace(alpha=0.25, mask=True),
+    "focal 2 alpha sample_weight": _FOCAL_2._replace(alpha=0.25, sample_weight=True),
+    # sparse labels
+    "bce sparse": Sigmoid("bce", targets="sparse"),
+    "focal 2 sparse": _FOCAL_2._replace(targets="sparse"),
+    "focal 2 alpha sparse": _FOCAL_2._replace(targets="sparse", alpha=0.25),
+    "focal 2 alpha sparse backward": _FOCAL_2._replace(targets="sparse", alpha=0.25, step="backward"),
+    "focal 2 sparse wide": _FOCAL_2._replace(targets="sparse", rows=2**31 // 1001 + 2),
+    "focal 2 fp32 sparse": _FOCAL_2._replace(targets="sparse", inputs=torch.float32),
+    "asymmetric sparse": _ASL._replace(targets="sparse"),
+    "balanced sparse": _DB._replace(targets="sparse"),
+    "ghm sparse": _GHM._replace(targets="sparse"),
     "sum": Sum(),
     "sum bf16": Sum(torch.bfloat16),
 }

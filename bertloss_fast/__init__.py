@@ -1,15 +1,48 @@
 """Fused classification losses for BERT-style heads."""
 
-from .functional import binary_cross_entropy_with_logits, sigmoid_focal_loss
-from .modules import BCEWithLogitsLoss, SigmoidFocalLoss
+from .functional import (
+    asymmetric_loss,
+    binary_cross_entropy_with_logits,
+    class_balanced_weight,
+    distribution_balanced_loss,
+    ghm_loss,
+    label_counts,
+    poly_focal_loss,
+    pos_weight_from_counts,
+    prior_bias,
+    sigmoid_focal_loss,
+)
+from .modules import (
+    AsymmetricLossMultiLabel,
+    BCEWithLogitsLoss,
+    DistributionBalancedLoss,
+    GHMLoss,
+    PolyBinaryCrossEntropy,
+    SigmoidFocalLoss,
+)
 from .ops.dispatch import set_backend
+from .targets import SparseLabels, collate_labels
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsymmetricLossMultiLabel",
     "BCEWithLogitsLoss",
+    "DistributionBalancedLoss",
+    "GHMLoss",
+    "PolyBinaryCrossEntropy",
     "SigmoidFocalLoss",
+    "SparseLabels",
+    "asymmetric_loss",
     "binary_cross_entropy_with_logits",
+    "class_balanced_weight",
+    "collate_labels",
+    "distribution_balanced_loss",
+    "ghm_loss",
+    "label_counts",
+    "poly_focal_loss",
+    "pos_weight_from_counts",
+    "prior_bias",
     "set_backend",
     "sigmoid_focal_loss",
 ]

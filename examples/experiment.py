@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 
 from classifier import TextClassifier
 from clinical_codes import Family, Split, describe, labels_by_frequency, load_families, split_families
@@ -89,16 +90,13 @@ def make_directory(path: Path) -> None:
 def run(options: argparse.Namespace, started: float) -> None:
     clock = Clock(started, options.minutes)
     device = choose_device(options.device)
-    torch.manual_seed(options.seed)
     make_directory(options.runs)
     split = split_families(load_families(), options.limit)
     codes = choose_labels(split.train, options.labels)
     print(data_sentence(split, codes))
 
-    model = TextClassifier(codes, [describe(code) for code in codes])
     train_targets = target_matrix(split.train, codes)
-    start_head_at_prior(model, train_targets)
-    model.to(device)
+    model = new_model(codes, train_targets, options.seed, device)
     train_ids = model.tokenize(texts_of(split.train))
     model.choose_precision(train_ids[:64])
     seconds_per_text = model.seconds_per_text(train_ids[:256])
@@ -134,6 +132,13 @@ def run(options: argparse.Namespace, started: float) -> None:
     report = make_report(options, model, split, targets, history, rows) | {"seconds": round(clock.elapsed(), 1)}
     (options.runs / "figures.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{clock.elapsed():.0f} s in all. In {options.runs}/: {CHECKPOINT}, training.png, figures.json.")
+
+
+def new_model(codes: list[str], train_targets: csr_matrix, seed: int, device: torch.device) -> TextClassifier:
+    torch.manual_seed(seed)
+    model = TextClassifier(codes, [describe(code) for code in codes])
+    start_head_at_prior(model, train_targets)
+    return model.to(device)
 
 
 def texts_of(families: list[Family]) -> list[str]:
@@ -187,13 +192,7 @@ def make_report(
 ) -> dict[str, Any]:
     return {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "machine": {
-            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "precision": str(model.autocast_dtype),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": describe_machine(model),
         "data": {
             "labels": len(model.codes),
             "train": len(split.train),
@@ -211,6 +210,16 @@ def make_report(
             "interrupted": history.interrupted,
         },
         "figures": {row.name: asdict(row.figures) for row in rows},
+    }
+
+
+def describe_machine(model: TextClassifier) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(model.autocast_dtype),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 

@@ -1,12 +1,12 @@
 """Trains a multi-label text classifier on clinical codes with a loss of bertloss_fast, and reports how good it is.
 
     python examples/train_multilabel.py                       three minutes, everything included
-    python examples/train_multilabel.py --loss bce            the same with binary cross-entropy
+    python examples/train_multilabel.py --loss asl            the same with the asymmetric loss; --help names them all
     python examples/train_multilabel.py --text "broken arm"   labels this text with the saved checkpoint
 
 Results go to runs/: checkpoint.pt, training.png, figures.json. The rest of the demo: `clinical_codes.py` (the data),
-`classifier.py` (the model), `training.py` (the loop, where the loss is called), `evaluation.py` (figures and
-baselines), `experiment.py` (all of it in order, and on time).
+`classifier.py` (the model), `training.py` (the losses and the loop), `evaluation.py` (figures and baselines),
+`experiment.py` (all of it in order, and on time). `compare_losses.py` trains once with each of several losses.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Threads that spin while they wait train at a fifth of this speed beside another program that uses all cores."""
 
+LOSSES = {
+    "focal": "sigmoid focal loss",
+    "bce": "binary cross-entropy",
+    "asl": "asymmetric loss",
+    "poly": "Poly-1 cross-entropy",
+    "db": "distribution-balanced loss",
+    "ghm": "gradient harmonizing",
+}
+"""What --help says of each; `training.LOSSES` makes them, and is not imported for a --help."""
+
 
 def number(kind: type, condition: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     """An argparse type that says in a sentence what it wanted."""
@@ -42,6 +52,11 @@ def number(kind: type, condition: Callable[[float], bool], wanted: str) -> Calla
     return parse
 
 
+count = number(int, lambda value: value >= 1, "a whole number of at least 1")
+limit = number(int, lambda value: value >= 100, "a whole number of at least 100")
+positive = number(float, lambda value: value > 0, "a number above 0")
+
+
 def alpha(text: str) -> float | None:
     if text.lower() == "none":
         return None
@@ -55,18 +70,14 @@ def text_to_label(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    count = number(int, lambda value: value >= 1, "a whole number of at least 1")
-    limit = number(int, lambda value: value >= 100, "a whole number of at least 100")
     seed = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
     gamma = number(float, lambda value: value >= 0, "a number of at least 0")
-    positive = number(float, lambda value: value > 0, "a number above 0")
     parser = argparse.ArgumentParser(
         description="Trains a text classifier on clinical codes with a loss of bertloss_fast and says how good it is."
     )
     add = parser.add_argument
-    add(
-        "--loss", choices=["focal", "bce"], default="focal", help="sigmoid focal loss (default) or binary cross-entropy"
-    )
+    names = ", ".join(f"{name}: {meaning}" for name, meaning in LOSSES.items())
+    add("--loss", choices=LOSSES, default="focal", metavar="NAME", help=f"{names} (default %(default)s)")
     add("--gamma", type=gamma, help="focusing of the focal loss (default 2)")
     add("--alpha", type=alpha, help="weight of the positives in the focal loss, 0 to 1, or none (default none)")
     add("--labels", type=count, help="how many labels, the commonest first (default 1000)")
@@ -88,8 +99,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
-    if options.loss == "bce" and (options.gamma is not None or options.alpha is not None):
-        parser.error("--gamma and --alpha belong to --loss focal; binary cross-entropy has neither")
+    if options.text is not None:
+        for name, value in vars(options).items():
+            if name not in ("text", "runs", "device") and value != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no use with --text")
+    if options.loss != "focal" and (options.gamma is not None or options.alpha is not None):
+        parser.error(f"--gamma and --alpha belong to --loss focal; --loss {options.loss} takes neither")
     if options.loss == "focal" and options.gamma is None:
         options.gamma = 2.0
     checkpoint = options.runs / "checkpoint.pt"
@@ -101,17 +116,13 @@ def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
     return options
 
 
-def main() -> int:
-    parser = make_parser()
-    options = parse_options(parser)
+def carry_out(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
+    """Does the work, which imports what it needs, and says in a sentence what went wrong; returns the exit status."""
     try:
         import experiment
 
         try:
-            if options.text is not None:
-                experiment.label_text(options)
-            else:
-                experiment.run(options, STARTED)
+            work()
         except experiment.OptionError as error:
             parser.error(str(error))
     except ModuleNotFoundError as error:
@@ -125,6 +136,21 @@ def main() -> int:
         print("\nStopped before there was a report.", file=sys.stderr)
         return 130
     return 0
+
+
+def main() -> int:
+    parser = make_parser()
+    options = parse_options(parser)
+
+    def work() -> None:
+        import experiment
+
+        if options.text is not None:
+            experiment.label_text(options)
+        else:
+            experiment.run(options, STARTED)
+
+    return carry_out(parser, work)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -17,12 +17,34 @@ from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bertloss_fast import BCEWithLogitsLoss, SigmoidFocalLoss
+from bertloss_fast import (
+    AsymmetricLossMultiLabel,
+    BCEWithLogitsLoss,
+    DistributionBalancedLoss,
+    GHMLoss,
+    PolyBinaryCrossEntropy,
+    SigmoidFocalLoss,
+    SparseLabels,
+    label_counts,
+)
 from classifier import TextClassifier
 
 LEARNING_RATE, HEAD_LEARNING_RATE = 5e-4, 5e-3
 WARM_UP = 0.05
 """Share of the training in which the learning rate rises; it then falls to 0 in a straight line."""
+
+LOSSES: dict[str, Callable[[argparse.Namespace, Tensor, int], nn.Module]] = {
+    "focal": lambda options, counts, samples: SigmoidFocalLoss(options.alpha, options.gamma, "batchmean"),
+    "bce": lambda options, counts, samples: BCEWithLogitsLoss(reduction="batchmean"),
+    "asl": lambda options, counts, samples: AsymmetricLossMultiLabel(reduction="batchmean"),
+    "poly": lambda options, counts, samples: PolyBinaryCrossEntropy(reduction="batchmean"),
+    "db": lambda options, counts, samples: DistributionBalancedLoss(counts, samples, reduction="batchmean"),
+    "ghm": lambda options, counts, samples: GHMLoss(reduction="batchmean"),
+}
+"""Each takes the options, how often each label occurs in training, and how many texts that has.
+
+Sum over a text's labels, mean over texts: a mean over 1000 labels would leave the few positives no weight.
+"""
 
 
 @dataclass
@@ -36,11 +58,13 @@ class History:
     interrupted: bool = False
 
 
-def make_loss(options: argparse.Namespace) -> nn.Module:
-    """Sum over a text's labels, mean over texts: a mean over 1000 labels would leave the few positives no weight."""
-    if options.loss == "bce":
-        return BCEWithLogitsLoss(reduction="batchmean")
-    return SigmoidFocalLoss(alpha=options.alpha, gamma=options.gamma, reduction="batchmean")
+def make_loss(options: argparse.Namespace, train_label_counts: Tensor, num_samples: int) -> nn.Module:
+    return LOSSES[options.loss](options, train_label_counts, num_samples)
+
+
+def sparse_labels(targets: csr_matrix) -> SparseLabels:
+    """The targets as the losses take them, on the CPU: a text has about three labels of a thousand."""
+    return SparseLabels.from_csr(torch.from_numpy(targets.indptr), torch.from_numpy(targets.indices), targets.shape[1])
 
 
 def start_head_at_prior(model: TextClassifier, targets: csr_matrix) -> None:
@@ -87,7 +111,7 @@ def train(
     seconds: float,
 ) -> History:
     """Trains for `seconds` or `options.epochs`, whichever ends first, and for one batch at least."""
-    compute_loss = make_loss(options)
+    compute_loss = make_loss(options, label_counts(sparse_labels(targets)), len(token_ids)).to(model.device)
     encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": encoder, "lr": LEARNING_RATE}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}]
@@ -104,8 +128,8 @@ def train(
     start = time.monotonic()
     with stop_request() as asked, bar:
         for rows in endless_batches(lengths, options.batch_size, np.random.default_rng(options.seed)):
-            batch_targets = torch.from_numpy(targets[rows].toarray().astype(np.uint8)).to(model.device)
-            loss = compute_loss(model([token_ids[row] for row in rows]), batch_targets)
+            labels = sparse_labels(targets[rows]).to(model.device)
+            loss = compute_loss(model([token_ids[row] for row in rows]), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

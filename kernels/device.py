@@ -129,13 +129,49 @@ def sigmoids(v, FAST: tl.constexpr):
 
 
 @triton.jit
+def neg_log(x, FAST: tl.constexpr):
+    """-log x for x in [0, 1], absolutely accurate near 1."""
+    if FAST:
+        return _log2_approx(x) * -LN2
+    else:
+        return -tl.log(x)
+
+
+@triton.jit
+def neg_log1p(r, one_minus_r, FAST: tl.constexpr):
+    """-log(1 - r) for r in [0, 1), relatively accurate to the smallest r, and 1 / (1 - r)."""
+    if FAST:
+        log2 = _log2_approx(one_minus_r)
+        return tl.where(r < 0.03125, r + r * r * (0.5 + 0.3333333 * r), log2 * -LN2), tl.exp2(-log2)
+    else:
+        # log(1 + e) with e = r / (1 - r), where that is at most 1
+        inverse = 1.0 / one_minus_r
+        small = r <= 0.5
+        series = _log1p_exponential(tl.where(small, r * inverse, 0.0))
+        return tl.where(small, series, -tl.log(one_minus_r)), inverse
+
+
+@triton.jit
+def select(condition, when_true, when_false):
+    """tl.where whose condition may be None, for what is nowhere true."""
+    if condition is None:
+        return when_false
+    else:
+        return tl.where(condition, when_true, when_false)
+
+
+@triton.jit
 def power(base, neg_log_base, EXPONENT: tl.constexpr, FAST: tl.constexpr):
     """base^EXPONENT for base in [0, 1], by products for small integers."""
-    if EXPONENT == 1:
+    if EXPONENT == 0:
+        return 1.0
+    elif EXPONENT == 1:
         return base
     elif EXPONENT == 2:
         return base * base
     elif EXPONENT == 3:
         return base * base * base
+    elif EXPONENT == 4:
+        return (base * base) * (base * base)
     else:
         return exp_scaled(neg_log_base, -EXPONENT, FAST)

@@ -3,10 +3,13 @@
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from .device import INTERPRETED
 
@@ -16,8 +19,28 @@ _INTERPRETER_LOCK = threading.Lock()
 @contextmanager
 def _interpreter() -> Iterator[None]:
     """The interpreter is not thread-safe, and warns of infinities that a select then drops."""
-    with _INTERPRETER_LOCK, np.errstate(all="ignore"):
+    with _INTERPRETER_LOCK, np.errstate(all="ignore"), _patching_once():
         yield
+
+
+@contextmanager
+def _patching_once() -> Iterator[None]:
+    """The interpreter patches triton.language anew at every call of a device function; once a launch is enough."""
+    patch = interpreter._patch_lang
+    scopes: dict[tuple[bool, ...], Any] = {}
+
+    def patch_once(function: Any) -> Any:
+        seen = {id(value) for value in function.__globals__.values()}
+        key = tuple(id(module) in seen for module in (tl, tl.core))  # what it looks for, and patches
+        if key not in scopes:
+            scopes[key] = patch(function)
+        return scopes[key]
+
+    interpreter._patch_lang = patch_once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
 
 
 def launch_scope(tensor: Tensor) -> AbstractContextManager[None]:

@@ -35,7 +35,31 @@ LOSSES = {
     "focal-by-label": Loss(
         bf.sigmoid_focal_loss, oracles.sigmoid_focal, {"alpha": torch.linspace(0, 1, LABELS, dtype=torch.float64)}
     ),
+    "poly": Loss(bf.poly_focal_loss, oracles.sigmoid_focal, {"epsilon": 2.0, "gamma": 0.0, "alpha": None}),
+    "poly-focal": Loss(bf.poly_focal_loss, oracles.sigmoid_focal, {"epsilon": -0.7, "gamma": 1.5, "alpha": 0.3}),
+    "asl": Loss(bf.asymmetric_loss, oracles.asymmetric, {}),
+    "asl-unclipped": Loss(bf.asymmetric_loss, oracles.asymmetric, {"clip": 0.0, "gamma_pos": 0.0, "gamma_neg": 2.0}),
+    "asl-fractions": Loss(bf.asymmetric_loss, oracles.asymmetric, {"clip": 0.2, "gamma_pos": 2.5, "gamma_neg": 0.5}),
+    "asl-detached": Loss(bf.asymmetric_loss, oracles.asymmetric, {"detach_focal_weight": True}),
+    "balanced": Loss(
+        bf.distribution_balanced_loss,
+        oracles.distribution_balanced,
+        {"class_counts": torch.tensor([500, 200, 100, 30, 5, 1, 0][:LABELS]), "num_samples": 600},
+    ),
+    "balanced-bce": Loss(
+        bf.distribution_balanced_loss,
+        oracles.distribution_balanced,
+        {
+            "class_counts": torch.tensor([5, 20, 10, 30, 5, 1, 9][:LABELS]),
+            "num_samples": 60,
+            "focal_gamma": 0.0,
+            "neg_scale": 3.0,
+        },
+    ),
+    "ghm": Loss(bf.ghm_loss, oracles.ghm, {"bins": 11}),
 }
+# Losses with weights that follow the batch: no function of one logit and one label.
+OF_THE_BATCH = ("balanced", "balanced-bce", "ghm")
 # Each regime catches what the others let through: hard labels take the short formula, soft ones the long one.
 TARGETS = {
     "bool": lambda uniform: uniform < 0.3,
@@ -43,15 +67,26 @@ TARGETS = {
     "int64": lambda uniform: (uniform < 0.3).to(torch.int64),
     "float-hard": lambda uniform: (uniform < 0.3).to(torch.float64),
     "float-soft": lambda uniform: uniform,
+    "sparse": lambda uniform: bf.SparseLabels.from_dense((uniform < 0.3).reshape(-1, *uniform.shape[-1:])),
+    "sparse-csr": lambda uniform: (uniform < 0.3).double().reshape(-1, *uniform.shape[-1:]).to_sparse_csr(),
 }
-WEIGHTS = {
-    "unweighted": {},
+_ROWS = 5
+OPTIONS = {
+    "none": {},
     "weight-of-label": {"weight": torch.linspace(0.1, 2, LABELS, dtype=torch.float64)},
-    "weight-of-element": {"weight": torch.linspace(0, 3, 5 * LABELS, dtype=torch.float64).reshape(5, LABELS)},
+    "weight-of-element": {"weight": torch.linspace(0, 3, _ROWS * LABELS, dtype=torch.float64).reshape(_ROWS, LABELS)},
     "pos-weight": {"pos_weight": torch.linspace(0.2, 9, LABELS, dtype=torch.float64)},
-    "both": {
+    "sample-weight": {"sample_weight": torch.linspace(0, 2, _ROWS, dtype=torch.float64)},
+    "mask": {"mask": torch.arange(_ROWS * LABELS).reshape(_ROWS, LABELS) % 3 > 0},
+    "smoothing": {"label_smoothing": 0.3},
+    "normalizer": {"normalizer": 3.5},
+    "all": {
         "weight": torch.linspace(0.1, 2, LABELS, dtype=torch.float64),
         "pos_weight": torch.tensor(3.0, dtype=torch.float64),
+        "sample_weight": torch.linspace(0.5, 2, _ROWS, dtype=torch.float64),
+        "mask": torch.arange(_ROWS * LABELS).reshape(_ROWS, LABELS) % 4 > 0,
+        "label_smoothing": 0.1,
+        "normalizer": torch.tensor(7.25),
     },
 }
 

@@ -14,7 +14,10 @@ from cases import (
     GAMMAS,
     LABELS,
     LOSSES,
+    OF_THE_BATCH,
+    OPTIONS,
     REDUCTIONS,
+    TARGETS,
     TOLERANCE,
     logits,
     to,
@@ -50,7 +53,24 @@ def test_gradcheck_of_the_kernel(gamma: float, alpha: str, reduction: str, weigh
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+# Of the others, the gradient is not the derivative of the value: weights or a factor are constants to it.
+CHECKED = [name for name in LOSSES if name not in ("ghm", "asl-detached")]
+
+
+@pytest.mark.parametrize("target", ["bool", "float-soft", "sparse"])
+@pytest.mark.parametrize("loss", [name for name in CHECKED if not name.startswith("focal")])
+def test_gradcheck_of_the_other_kernels(loss: str, target: str, device: torch.device) -> None:
+    function, _, fixed = LOSSES[loss]
+    y = TARGETS[target](uniform(5, LABELS, device=device))
+    for options in (OPTIONS["none"], OPTIONS["all"]):
+        assert torch.autograd.gradcheck(
+            lambda x, options=options: function(x, y, reduction="sum", backend="triton", **to(fixed | options, device)),
+            logits(5, LABELS, device=device),
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize("loss", [name for name in CHECKED if name not in OF_THE_BATCH])
 def test_gradients_of_higher_order_and_of_soft_targets(loss: str, backend: str, device: torch.device) -> None:
     function, _, options = LOSSES[loss]
     x = logits(3, LABELS, device=device)

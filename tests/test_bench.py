@@ -1,21 +1,25 @@
 """The bench measures what it says: wrong providers are not timed, memory is seen, results can be read again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import __main__ as command
 from bench import bench_sigmoid, report
-from bench.cases import Case, Provider, make_data
+from bench.cases import Case, Provider, Row, as_tensor, make_data
 from bench.claims import Claim
 from bench.measure import COPY, errors, measure_time
 from bench.memory import extra_peak_bytes
 from bench.results import Results
+from bertloss_fast.targets import SparseLabels
 
 CPU = torch.device("cpu")
 TIME = Case("sigmoid", "focal", (3, 50), torch.float32, torch.uint8, upstream=0.5)
 MEMORY = Case("memory", "bce", (64, 1000), torch.float32, torch.float32)
+SPARSE = Case("sigmoid", "focal", (300, 7), torch.bfloat16, None, labels_per_row=5)
+SPARSE_MEMORY = Case("memory", "focal", (64, 1000), torch.float32, None, labels_per_row=5)
 
 
 def _provider(name, loss):
@@ -55,16 +59,64 @@ def test_a_provider_that_raises_leaves_the_others_alone():
     assert timed.seconds is not None
 
 
-def test_errors_are_relative_and_found_in_any_block_of_rows(monkeypatch):
+@pytest.mark.parametrize("case", [TIME, replace(TIME, target_dtype=None)], ids=["dense", "sparse"])
+def test_errors_are_relative_and_found_in_any_block_of_rows(monkeypatch, case):
     monkeypatch.setattr("bench.measure._ORACLE_ELEMENTS", 50)
-    x, y = make_data(TIME, CPU)
-    loss = bench_sigmoid.oracle("focal", x.double(), y.double()).mean()
-    (grad,) = torch.autograd.grad(loss, x, torch.tensor(TIME.upstream, dtype=torch.float64))
+    x, y = make_data(case, CPU)
+    loss = bench_sigmoid.oracle("focal", x.double(), as_tensor(y).double()).mean()
+    (grad,) = torch.autograd.grad(loss, x, torch.tensor(case.upstream, dtype=torch.float64))
     worst = grad.abs().max()
     grad[-1, -1] += 0.01 * worst
-    loss_error, grad_error = errors(TIME, bench_sigmoid.oracle, x.detach(), y, loss.detach() * 1.001, grad)
+    loss_error, grad_error = errors(case, bench_sigmoid.oracle, x.detach(), y, loss.detach() * 1.001, grad)
     assert loss_error == pytest.approx(1e-3, rel=1e-3)
     assert grad_error == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_sparse_and_dense_targets_hold_the_same_labels():
+    x, labels = make_data(SPARSE, CPU)
+    assert isinstance(labels, SparseLabels)
+    assert (labels.to_dense().sum(1) == 5).all()
+    twin_x, twin = make_data(replace(SPARSE, target_dtype=torch.bfloat16), CPU)
+    assert twin.dtype == torch.bfloat16
+    assert torch.equal(x, twin_x)
+    assert torch.equal(labels.to_dense(twin.dtype), twin)
+    assert labels.to_dense().any(0).all(), "some label is never drawn"
+
+
+def test_the_floor_of_sparse_labels_is_that_of_the_logits():
+    assert SPARSE.floor_bytes == 4 * SPARSE.numel
+    assert replace(SPARSE, target_dtype=torch.uint8).floor_bytes == 5 * SPARSE.numel
+
+
+def test_peers_are_given_sparse_labels_as_bytes():
+    def peer(x, y):
+        assert y.dtype == torch.uint8
+        return bench_sigmoid.torchvision_focal(x, y)
+
+    ours = bench_sigmoid.PROVIDERS[1]
+    rows = measure_time(SPARSE, [ours, _provider("peer", peer)._replace(ours=False)], bench_sigmoid.oracle, CPU, 0.0)
+    assert [row.status for row in rows] == ["ok"] * 3
+    assert [row.label for row in rows] == ["bertloss-fast, eager", "peer, dense uint8 targets", COPY]
+
+
+def test_a_claim_on_memory_counts_what_comes_on_top_of_the_gradient():
+    row = Row(MEMORY, "eager", "", peak_bytes=MEMORY.logits_bytes + (3 << 20))
+    assert Claim("", MEMORY, "eager", at_most=4, over_gradient=True).measured([row]) == 3
+
+
+@pytest.mark.parametrize("case", [*bench_sigmoid.cases(CPU), *bench_sigmoid.cases(torch.device("cuda"))], ids=str)
+def test_a_case_is_read_as_it_was_written(case):
+    fields = json.loads(json.dumps(case.to_json()))
+    assert Case.from_json(fields) == case
+    if case.labels_per_row is None:
+        del fields["labels_per_row"]  # as in older results
+        assert Case.from_json(fields) == case
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_claim_is_about_a_case(device):
+    device = torch.device(device)
+    assert {claim.case for claim in bench_sigmoid.claims(device)} <= set(bench_sigmoid.cases(device))
 
 
 def test_memory_of_a_known_allocation_is_seen():
@@ -79,10 +131,11 @@ def test_memory_of_a_known_allocation_is_seen():
 
 
 def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_sigmoid, "_CPU_CASES", (TIME, MEMORY))
+    monkeypatch.setattr(bench_sigmoid, "_CPU_CASES", (TIME, MEMORY, SPARSE_MEMORY))
     claims = (
         Claim("{}, times as fast", TIME, "eager", "pytorch", at_least=1e-6),
         Claim("{}, memory", MEMORY, "eager", at_most=1e-6),
+        Claim("{}, memory", SPARSE_MEMORY, "eager", at_most=64, over_gradient=True),
     )
     monkeypatch.setattr(bench_sigmoid, "_CPU_CLAIMS", claims)
     monkeypatch.setattr(command, "_QUICK_BUDGET", 0.0)
@@ -93,14 +146,14 @@ def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
 
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
-    assert [verdict["met"] for verdict in content["claims"]] == [True, False]
+    assert [verdict["met"] for verdict in content["claims"]] == [True, False, True]
     states = {(row["case"]["suite"], row["provider"]): row["status"] for row in content["rows"]}
     assert states["sigmoid", "eager"] == states["memory", "pytorch"] == "ok"
     assert states["sigmoid", "triton"] == "skipped", "the interpreter is not timed"
     assert str(tmp_path) not in path.read_text()
 
     run = Results.load(path)
-    assert {row.case for row in run.rows} == {TIME, MEMORY}
+    assert {row.case for row in run.rows} == {TIME, MEMORY, SPARSE_MEMORY}
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- written by make bench -->\nold\n<!-- end -->\nafter\n")
     report.write_docs(tmp_path, tmp_path / "page.md", readme)

@@ -5,16 +5,21 @@ Figures of so short a run say nothing about quality; docs/demo.md has those of t
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_multilabel.py"
 
@@ -57,11 +62,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture
-def clinical_codes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports one of the demo's modules. What that sets in the environment goes again."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    import clinical_codes
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return importlib.import_module
 
-    return clinical_codes
+
+@pytest.fixture
+def clinical_codes(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("clinical_codes")
+
+
+class TinyClassifier(nn.Module):
+    """What `train` needs of a model: of vectors of 4 numbers it makes the logits of 6 labels."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 3), nn.Linear(3, 6)
+
+    def forward(self, token_ids: list[Tensor]) -> Tensor:
+        return self.head(self.encoder(torch.stack(token_ids).float()))
 
 
 def test_reports_the_model_beside_the_baselines(trained: tuple[Path, str]) -> None:
@@ -118,6 +141,8 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path: Path) -> None:
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
         (["--labels", "0"], "--labels: expected a whole number of at least 1, got '0'"),
         (["--loss", "bce", "--gamma", "1"], "--gamma and --alpha belong to --loss focal"),
+        (["--text", "fever", "--gamma", "1"], "--gamma has no use with --text"),
+        (["--loss", "hinge"], "--loss: invalid choice: 'hinge'"),
         (["--text", "fever"], "--text needs a trained checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -126,6 +151,48 @@ def test_a_bad_option_gets_a_sentence(arguments: list[str], sentence: str, tmp_p
     code, _, errors = finish(start(*arguments, runs=tmp_path))
     assert code == 2
     assert sentence in errors
+
+
+LOSSES = ("focal", "bce", "asl", "poly", "db", "ghm")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_with_each_loss(loss: str, example: Callable[[str], ModuleType]) -> None:
+    """The step takes SparseLabels; its loss is that of the dense targets, and the weights move."""
+    script, training = example("train_multilabel"), example("training")
+    options = script.parse_options(script.make_parser(), ["--loss", loss])
+    torch.manual_seed(0)
+    model, texts = TinyClassifier(), list(torch.randint(9, (20, 4)))
+    dense = np.random.default_rng(0).integers(2, size=(20, 6))
+    compute_loss = training.make_loss(options, torch.from_numpy(dense.sum(0)), len(dense))
+    with torch.no_grad():
+        expected = compute_loss(model(texts), torch.from_numpy(dense)).item()
+    before = model.head.weight.detach().clone()
+    history = training.train(model, texts, training.csr_matrix(dense), options, seconds=0.0)
+    assert [value for _, value in history.losses] == [pytest.approx(expected, rel=1e-5)]
+    assert (model.head.weight != before).any(dim=1).all()
+
+
+def test_every_loss_has_a_name_for_help(example: Callable[[str], ModuleType]) -> None:
+    script, training = example("train_multilabel"), example("training")
+    assert tuple(script.LOSSES) == tuple(training.LOSSES) == LOSSES
+
+
+def test_compares_losses(example: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """Its options, its table and its picture; the trainings themselves take minutes."""
+    comparison = example("compare_losses")
+    options = comparison.make_parser().parse_args(["--losses", "bce", "db", "--out", str(tmp_path / "losses.json")])
+    assert comparison.load_record(options)["runs"] == []
+    runs = [
+        {"loss": loss, "seed": seed, "figures": dict.fromkeys(comparison.COLUMNS, 0.5 + seed / 10)}
+        for loss, seed in (("bce", 0), ("bce", 1), ("bce", 2), ("bce", 3), ("db", 0), ("ghm", 0))
+    ]
+    found = comparison.spreads(options, {"runs": runs})
+    table = comparison.table(found).splitlines()
+    assert len(table) == 2 + 2, "the losses asked for, and no others"
+    assert table[2].startswith("| binary cross-entropy | 0.600 (0.500 to 0.700) |"), "seeds 0, 1 and 2"
+    comparison.draw(tmp_path / "losses.png", found, "a title")
+    assert pytest.importorskip("matplotlib.image").imread(tmp_path / "losses.png").std() > 0.05
 
 
 def test_families_and_labels_are_those_of_the_documentation(clinical_codes: ModuleType) -> None:

@@ -17,6 +17,9 @@ from bertloss_fast.ops import dispatch
 N, L = 4, 5
 FOCAL, BCE = bf.sigmoid_focal_loss, bf.binary_cross_entropy_with_logits
 X, Y = torch.zeros(N, L), torch.zeros(N, L)
+MASK = torch.ones(N, L, dtype=torch.bool)
+LABELS = bf.SparseLabels.from_lists([[0], [], [1, 2], [4]], L)
+LOSSES = (FOCAL, BCE, bf.asymmetric_loss, bf.poly_focal_loss, bf.distribution_balanced_loss, bf.ghm_loss)
 
 
 def integers(dtype: torch.dtype, value: int = 7) -> torch.Tensor:
@@ -73,6 +76,97 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type
         ValueError,
         "backend: expected one of triton, eager.*'cuda'",
     ),
+    # options
+    "mask of another shape": (FOCAL, (X, Y), {"mask": MASK[:1]}, ValueError, r"mask: .*\(4, 5\).*\(1, 5\)"),
+    "mask of numbers": (BCE, (X, Y), {"mask": Y}, TypeError, "mask: expected bool, got float32"),
+    "sample_weight of the labels": (
+        FOCAL,
+        (X, Y),
+        {"sample_weight": torch.ones(L)},
+        ValueError,
+        r"sample_weight: .*\(4,\), one value a row.*\(5,\)",
+    ),
+    "smoothing of 1": (FOCAL, (X, Y), {"label_smoothing": 1.0}, ValueError, "label_smoothing: .*less than 1, got 1"),
+    "ignored positives": (FOCAL, (X, Y.long()), {"ignore_index": 1}, ValueError, "ignore_index: .*no label, got 1"),
+    "ignored unsigned": (FOCAL, (X, Y.byte()), {"ignore_index": -1}, TypeError, "ignore_index: .*signed.*got uint8"),
+    "ignored bool": (FOCAL, (X, Y.bool()), {"ignore_index": -1}, TypeError, "ignore_index: .*got bool"),
+    "ignored sparse": (FOCAL, (X, LABELS), {"ignore_index": -1}, ValueError, "ignore_index: .*sparse labels.*got -1"),
+    "a count beside ignored": (
+        FOCAL,
+        (X, integers(torch.int64)),
+        {"ignore_index": -100},
+        ValueError,
+        r"targets: expected 0 or 1, got 7 at \(2, 3\)",
+    ),
+    "normalizer of nothing": (FOCAL, (X, Y), {"normalizer": 2}, ValueError, "normalizer: .*'none'"),
+    "normalizer of 0": (BCE, (X, Y), {"normalizer": 0}, ValueError, "normalizer: expected a number > 0, got 0"),
+    "normalizer of a vector": (BCE, (X, Y), {"normalizer": torch.ones(2)}, ValueError, r"normalizer: .*got \(2,\)"),
+    "an unknown option": (FOCAL, (X, Y), {"smoothing": 0.1}, TypeError, "smoothing"),
+    # sparse labels
+    "sparse labels of other rows": (FOCAL, (X, LABELS[1:]), {}, ValueError, r"targets: .*\(4, 5\).*got \(3, 5\)"),
+    "sparse labels elsewhere": (FOCAL, (X, LABELS.to("meta")), {}, ValueError, "targets: .*'cpu'.*'meta'"),
+    "sparse label out of range": (
+        bf.SparseLabels.from_lists,
+        ([[0], [1, 7]], L),
+        {},
+        ValueError,
+        "label < 5, got 7 in row 1",
+    ),
+    "decreasing rows": (
+        bf.SparseLabels.from_csr,
+        (torch.tensor([0, 2, 1]), torch.tensor([0]), L),
+        {},
+        ValueError,
+        "crow_indices: ",
+    ),
+    # the other losses
+    "asl: clip": (bf.asymmetric_loss, (X, Y), {"clip": 1.0}, ValueError, "clip: .*less than 1, got 1"),
+    "asl: gamma": (bf.asymmetric_loss, (X, Y), {"gamma_neg": -1}, ValueError, "gamma_neg: .*-1"),
+    "poly: epsilon": (bf.poly_focal_loss, (X, Y), {"epsilon": float("inf")}, ValueError, "epsilon: .*inf"),
+    "balanced: negative counts": (
+        bf.distribution_balanced_loss,
+        (X, Y, [1, 2, -3, 4, 5], 10),
+        {},
+        ValueError,
+        "class_counts: expected counts >= 0, got -3",
+    ),
+    "balanced: too many": (
+        bf.distribution_balanced_loss,
+        (X, Y, [1, 2, 30, 4, 5], 10),
+        {},
+        ValueError,
+        "class_counts: expected counts <= num_samples = 10, got 30",
+    ),
+    "balanced: labels": (
+        bf.distribution_balanced_loss,
+        (X, Y, [1, 2], 10),
+        {},
+        ValueError,
+        r"class_counts: .*\(5,\).*\(2,\)",
+    ),
+    "balanced: learned targets": (
+        bf.distribution_balanced_loss,
+        (X, Y.clone().requires_grad_(), [1] * L, 10),
+        {},
+        ValueError,
+        "targets: .*requires_grad",
+    ),
+    "ghm: momentum": (bf.ghm_loss, (X, Y), {"momentum": 1.0}, ValueError, "momentum: .*less than 1, got 1"),
+    "ghm: negative momentum": (bf.ghm_loss, (X, Y), {"momentum": -0.1}, ValueError, "momentum: .*-0.1"),
+    "ghm: bins": (bf.ghm_loss, (X, Y), {"bins": 0}, ValueError, "bins: .*1 to 1024, got 0"),
+    "ghm: counts": (
+        bf.ghm_loss,
+        (X, Y),
+        {"running_counts": torch.zeros(3)},
+        ValueError,
+        r"running_counts: .*\(30,\).*\(3,\)",
+    ),
+    "counts: negative": (bf.class_balanced_weight, ([1, -2],), {}, ValueError, "counts: .*>= 0, got -2"),
+    "counts: beta": (bf.class_balanced_weight, ([1, 2], 1.0), {}, ValueError, "beta: .*less than 1, got 1"),
+    "counts: samples": (bf.pos_weight_from_counts, ([1, 200], 100), {}, ValueError, "counts: .*100, got 200"),
+    "counts: one sample": (bf.prior_bias, ([1], 1), {}, ValueError, "num_samples: .*at least 2, got 1"),
+    "module: smoothing": (bf.BCEWithLogitsLoss, (), {"label_smoothing": -0.1}, ValueError, "label_smoothing: .*-0.1"),
+    "module: ghm": (bf.GHMLoss, (), {"momentum": 2.0}, ValueError, "momentum: .*2.0"),
     "module: reduction": (bf.SigmoidFocalLoss, (), {"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
     "module: backend": (bf.SigmoidFocalLoss, (), {"backend": "cuda"}, ValueError, "backend: expected one of.*'cuda'"),
     "module: gamma": (bf.SigmoidFocalLoss, (), {"gamma": -1}, ValueError, "gamma: .*-1"),
@@ -89,7 +183,7 @@ def test_one_sentence_and_no_launch(case: str, backend: str, monkeypatch: pytest
     monkeypatch.setattr("bertloss_fast.ops.sigmoid.sigmoid_launcher", never)
     monkeypatch.setattr("bertloss_fast.reference.sigmoid.elementwise", never)
     function, args, options, error, sentence = CASES[case]
-    if function in (FOCAL, BCE):
+    if function in LOSSES:
         options = {"backend": backend, **options}
     with pytest.raises(error, match=sentence):
         function(*args, **options)

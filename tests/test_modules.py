@@ -22,6 +22,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         torch.linspace(0, 1, L), reduction="batchmean", weight=torch.arange(1.0, L + 1), pos_weight=torch.tensor(2.0)
     ),
     "bce": lambda: bf.BCEWithLogitsLoss(),
+    "asl": lambda: bf.AsymmetricLossMultiLabel(2.0, clip=0.1, pos_weight=3.0, label_smoothing=0.1),
+    "poly": lambda: bf.PolyBinaryCrossEntropy(1.0, 2.0, torch.linspace(0, 1, L)),
+    "balanced": lambda: bf.DistributionBalancedLoss([500, 20, 3, 1, 0, 7], 1000),
+    "ghm": lambda: bf.GHMLoss(10).eval(),
     "bce-weighted": lambda: bf.BCEWithLogitsLoss(torch.arange(1.0, L + 1), reduction="sum", pos_weight=torch.ones(L)),
 }
 
@@ -51,7 +55,7 @@ def test_copies_give_the_same_loss(
     torch.testing.assert_close(through(module)(x, y), module(x, y), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["focal-by-label", "bce-weighted"])
+@pytest.mark.parametrize("name", ["focal-by-label", "bce-weighted", "asl", "poly", "balanced"])
 def test_state_dict_restores_the_weights(name: str, device: torch.device) -> None:
     module, other = MODULES[name]().to(device), MODULES[name]().to(device)
     for buffer in other.buffers():
@@ -60,6 +64,22 @@ def test_state_dict_restores_the_weights(name: str, device: torch.device) -> Non
     assert other(x, y) != module(x, y)
     other.load_state_dict(module.state_dict())
     torch.testing.assert_close(other(x, y), module(x, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_call_s_own_options(name: str, device: torch.device, backend: str) -> None:
+    """A row that is masked, and one that weighs nothing, change a sum alike."""
+    module = MODULES[name]().to(device)
+    module.reduction, module.backend = "sum", backend
+    x, y = batch(device)
+    mask = torch.ones_like(y)
+    mask[1] = False
+    if name in ("balanced", "ghm"):  # whose weights follow what counts
+        torch.testing.assert_close(module(x, y, mask=mask), module(x[[0, 2, 3]], y[[0, 2, 3]]))
+    else:
+        weight = mask[:, 0].float()
+        torch.testing.assert_close(module(x, y, mask=mask), module(x, y, sample_weight=weight))
+    torch.testing.assert_close(module(x, y, normalizer=2.0), module(x, y) / 2)
 
 
 def test_state_dict_is_that_of_torch(device: torch.device) -> None:
@@ -110,15 +130,19 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("loss", ["bce", "focal"])
+@pytest.mark.parametrize("loss", ["bce", "focal", "sparse"])
 def test_inside_what_torch_transforms(loss: str, transform: str, device: torch.device) -> None:
     """Plain operations whatever the backend: what is asked is that none of the kernels' autograd gets in the way."""
     x, y = batch(device, torch.float64)
     x = x.detach()
+    labels = bf.SparseLabels.from_dense(y)
+    indices = labels.crow_indices, labels.col_indices
 
     def ours(x: Tensor) -> Tensor:
         if loss == "bce":
             return bf.binary_cross_entropy_with_logits(x, y)
+        if loss == "sparse":
+            return bf.sigmoid_focal_loss(x, bf.SparseLabels(*indices, y.shape), reduction="mean")
         return bf.sigmoid_focal_loss(x, y, reduction="mean")
 
     def theirs(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import oracles
 import pytest
@@ -64,6 +65,65 @@ def test_fp32(gamma: float, positive: bool, target_dtype: torch.dtype, backend: 
         assert excess[worst] <= 1, f"{name} at {x[worst]}: {ours[worst]} instead of {true[worst]}"
 
 
+ASL = {"timm's": (4.0, 1.0, 0.05), "unclipped": (2.0, 0.0, 0.0), "fractions": (0.5, 2.5, 0.1)}
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("params", ASL)
+def test_asymmetric_in_fp32(params: str, positive: bool, backend: str, device: torch.device) -> None:
+    gamma_neg, gamma_pos, clip = ASL[params]
+    x = torch.tensor([v for v in LOGITS if positive or not clip or v > -2], dtype=torch.float32)
+    clip_of_fp32 = float(torch.tensor(clip))
+    pairs = [oracles.exact_asymmetric(v, positive, gamma_neg, gamma_pos, clip_of_fp32) for v in x.tolist()]
+    true_loss, true_grad = (torch.tensor([float(pair[i]) for pair in pairs], dtype=torch.float64) for i in range(2))
+    leaf = x.to(device).requires_grad_()
+    loss = bf.asymmetric_loss(
+        leaf, torch.full_like(leaf, positive).bool(), gamma_neg, gamma_pos, clip, "none", backend=backend
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    # From x = -2 on, p - clip cancels no more than one digit.
+    assert relative_error(loss.detach(), true_loss).max() <= 2e-5
+    assert relative_error(grad, true_grad).max() <= 2e-5
+
+
+def test_asymmetric_at_a_missed_positive(backend: str, device: torch.device) -> None:
+    """Where a clamped logarithm has no gradient left."""
+    x = torch.tensor([-25.0], device=device, requires_grad=True)
+    y = torch.ones(1, dtype=torch.bool, device=device)
+    (grad,) = torch.autograd.grad(bf.asymmetric_loss(x, y, reduction="sum", backend=backend), x)
+    torch.testing.assert_close(grad.cpu(), torch.tensor([-1.0]))
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize(("gamma", "epsilon"), [(0.0, 2.0), (2.0, 1.0), (1.5, 0.5)])
+def test_poly_in_fp32(gamma: float, epsilon: float, positive: bool, backend: str, device: torch.device) -> None:
+    x = torch.tensor(LOGITS, dtype=torch.float32)
+    pairs = [oracles.exact_focal(v, positive, gamma, epsilon) for v in x.tolist()]
+    true_loss, true_grad = (torch.tensor([float(pair[i]) for pair in pairs], dtype=torch.float64) for i in range(2))
+    leaf = x.to(device).requires_grad_()
+    targets = torch.full_like(leaf, positive).bool()
+    loss = bf.poly_focal_loss(leaf, targets, epsilon, gamma, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    assert (relative_error(loss.detach(), true_loss) / bound(gamma, x.double())).max() <= 1
+    assert (relative_error(grad, true_grad) / bound(gamma, x.double())).max() <= 1
+
+
+@pytest.mark.parametrize("x", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("target_dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("loss", [bf.asymmetric_loss, bf.poly_focal_loss, bf.ghm_loss])
+def test_the_other_losses_at_infinity(
+    loss: Callable[..., torch.Tensor], target_dtype: torch.dtype, x: float, backend: str, device: torch.device
+) -> None:
+    """A right label has no loss; of a wrong one, the gradient stays finite."""
+    leaf = torch.tensor([x, x], device=device, requires_grad=True)
+    y = torch.tensor([x > 0, x < 0], device=device).to(target_dtype)
+    value = loss(leaf, y, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    assert value[0] == grad[0] == 0
+    assert value[1] > 1
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("label", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_soft_labels_in_fp32(gamma: float, label: float, backend: str, device: torch.device) -> None:
@@ -82,9 +142,9 @@ def test_soft_labels_in_fp32(gamma: float, label: float, backend: str, device: t
 def test_the_soft_formula_at_hard_labels(gamma: float, positive: bool) -> None:
     """What runs where a look at the labels would cost: on a GPU in eager, compiled, under create_graph."""
     x, true_loss, true_grad = exact(gamma, positive, torch.float32)
-    loss, grad = reference.elementwise(
-        "focal", (gamma,), x, torch.full_like(x, positive), dtype=torch.float32, soft=True, slope=True
-    )
+    spec = reference.Spec("focal", (gamma,), None, 0.0, None, "none", torch.float32, torch.float32)
+    operands = reference.Operands(x, torch.full_like(x, positive))
+    loss, grad = reference.elementwise(spec, operands, soft=True, slope=True)
     assert (relative_error(loss, true_loss) / bound(gamma, x.double())).max() <= 1
     assert (relative_error(grad, true_grad) / bound(gamma, x.double())).max() <= 1
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
+from ..targets import SparseLabels
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "mean_positive")
-_LARGEST = 1e300  # of a number that has no bound of its own; infinity is none
+LARGEST = 1e300  # of a number that has no bound of its own; infinity is none
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -21,7 +22,30 @@ def check_inputs(name: str, inputs: Tensor) -> None:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(inputs.dtype)}")
 
 
-def check_targets(name: str, targets: Tensor, inputs_name: str, inputs: Tensor) -> None:
+def as_targets(
+    name: str, targets: Tensor | SparseLabels, inputs_name: str, inputs: Tensor, ignore_index: int | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Labels of the inputs' shape and device: dense, or else where rows begin and which labels they have."""
+    if isinstance(targets, Tensor) and targets.layout == torch.sparse_csr:
+        targets = SparseLabels.from_sparse_csr(targets)
+    if not isinstance(targets, SparseLabels):
+        check_targets(name, targets, inputs_name, inputs, ignore_index)
+        return targets, None, None
+    if ignore_index is not None:
+        raise ValueError(f"ignore_index: expected None, since sparse labels have no place for one; got {ignore_index}")
+    rows = inputs.shape[:-1].numel()
+    if targets.shape != (rows, *inputs.shape[-1:]):
+        raise ValueError(
+            f"{name}: expected shape {(rows, *inputs.shape[-1:])}, the rows and labels of {inputs_name}, "
+            f"got {tuple(targets.shape)}"
+        )
+    _check_device(name, targets.crow_indices, inputs_name, inputs)
+    return None, targets.crow_indices, targets.col_indices
+
+
+def check_targets(
+    name: str, targets: Tensor, inputs_name: str, inputs: Tensor, ignore_index: int | None = None
+) -> None:
     """Labels: of the inputs' shape and device; integers only 0 and 1, where a look at them is free."""
     _check_tensor(name, targets)
     if targets.is_complex():
@@ -29,29 +53,97 @@ def check_targets(name: str, targets: Tensor, inputs_name: str, inputs: Tensor) 
     if targets.shape != inputs.shape:
         raise ValueError(f"{name}: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(targets.shape)}")
     _check_device(name, targets, inputs_name, inputs)
+    if ignore_index is not None:
+        _check_ignore_index(name, targets, ignore_index)
     if targets.is_floating_point():
         if targets.dtype not in _FLOATING:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(targets.dtype)}")
     elif targets.dtype != torch.bool and targets.numel() and dispatch.can_check_values(targets.device):
-        _check_binary(name, targets)
+        _check_binary(name, targets, ignore_index)
 
 
-def _check_binary(name: str, targets: Tensor) -> None:
+def _check_ignore_index(name: str, targets: Tensor, ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer or None, got {type(ignore_index).__name__}")
+    if 0 <= ignore_index <= 1:
+        raise ValueError(f"ignore_index: expected an integer that is no label, got {ignore_index}")
+    if not (targets.dtype.is_signed or targets.is_floating_point()):
+        raise TypeError(
+            f"ignore_index: expected {name} of a signed or floating dtype to hold it, got {_short(targets.dtype)}"
+        )
+
+
+def _check_binary(name: str, targets: Tensor, ignore_index: int | None) -> None:
     # Unsigned types of 16 bits and more have no min and max; as signed ones, too large is negative.
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(targets.dtype)
     values = targets if signed is None else targets.view(signed)
     low, high = (value.item() for value in values.aminmax())
     if low < 0 or high > 1:
-        wrong = ((values < 0) | (values > 1)).nonzero()[0].tolist()
-        raise ValueError(f"{name}: expected 0 or 1, got {targets[tuple(wrong)].item()} at {tuple(wrong)}")
+        wrong = (values < 0) | (values > 1)
+        if ignore_index is not None:
+            wrong &= values != ignore_index
+        if ignore_index is None or wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(f"{name}: expected 0 or 1, got {targets[at].item()} at {at}")
 
 
-def check_probabilities(name: str, values: Tensor) -> None:
+def check_probabilities(name: str, values: Tensor, ignore_index: int | None = None) -> None:
     """Floating values from 0 to 1, where a look at them is free."""
     if values.is_floating_point() and values.numel() and dispatch.can_check_values(values.device):
+        if ignore_index is not None:
+            values = torch.where(values == ignore_index, 0, values)
         low, high = (value.item() for value in values.detach().aminmax())
         if low < 0 or high > 1:
             raise ValueError(f"{name}: expected values from 0 to 1, got {low if low < 0 else high:g}")
+
+
+def check_mask(mask: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
+    """True for the elements that count."""
+    if mask is None:
+        return
+    _check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, got {_short(mask.dtype)}")
+    if mask.shape != inputs.shape:
+        raise ValueError(f"mask: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(mask.shape)}")
+    _check_device("mask", mask, inputs_name, inputs)
+
+
+def check_sample_weight(sample_weight: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
+    """One value a row."""
+    if sample_weight is None:
+        return
+    _check_constant("sample_weight", sample_weight, inputs_name, inputs)
+    if not inputs.dim() or sample_weight.shape != inputs.shape[:-1]:
+        raise ValueError(
+            f"sample_weight: expected shape {tuple(inputs.shape[:-1])}, one value a row of {inputs_name}, "
+            f"got {tuple(sample_weight.shape)}"
+        )
+
+
+def as_normalizer(normalizer: float | Tensor | None, reduction: str, inputs_name: str, inputs: Tensor) -> Tensor | None:
+    """What takes the denominator's place: a positive number, or a tensor [] that nobody looks into."""
+    if normalizer is None:
+        return None
+    if reduction == "none":
+        raise ValueError("normalizer: expected None with reduction 'none', which divides by nothing")
+    if not isinstance(normalizer, Tensor):
+        value = check_number("normalizer", normalizer, 0)
+        if value == 0:
+            raise ValueError("normalizer: expected a number > 0, got 0")
+        return torch.full((), value, dtype=torch.float64 if inputs.device.type != "mps" else None, device=inputs.device)
+    _check_constant("normalizer", normalizer, inputs_name, inputs)
+    if normalizer.dim():
+        raise ValueError(f"normalizer: expected a number or a tensor of shape (), got {tuple(normalizer.shape)}")
+    return normalizer
+
+
+def check_smoothing(name: str, smoothing: float) -> float:
+    """How far labels move to one half: from 0, and less than 1."""
+    value = check_number(name, smoothing, 0, 1)
+    if value == 1:
+        raise ValueError(f"{name}: expected a number from 0 to less than 1, got 1")
+    return value
 
 
 def check_reduction(reduction: str) -> None:
@@ -63,11 +155,11 @@ def check_backend(backend: str | None) -> None:
     dispatch.check_name("backend", backend)
 
 
-def check_number(name: str, value: float, low: float, high: float = _LARGEST) -> float:
+def check_number(name: str, value: float, low: float, high: float = LARGEST) -> float:
     """A number in [low, high]."""
     if type(value) is float and low <= value <= high:  # the common case costs a loss of 32 x 100 no microsecond
         return value
-    expected = f"a number >= {low:g}" if high == _LARGEST else f"a number from {low:g} to {high:g}"
+    expected = f"a number >= {low:g}" if high == LARGEST else f"a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if not low <= value <= high:
@@ -82,10 +174,12 @@ def check_alpha(alpha: float) -> float | None:
     return check_number("alpha", alpha, 0, 1)
 
 
-def check_vector(name: str, vector: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
+def as_vector(name: str, vector: float | Tensor | None, inputs_name: str, inputs: Tensor) -> Tensor | None:
     """One value a label, or one for all."""
     if vector is None:
-        return
+        return None
+    if not isinstance(vector, Tensor):
+        return torch.full((), check_number(name, vector, 0), device=inputs.device)
     _check_constant(name, vector, inputs_name, inputs)
     num_labels = inputs.shape[-1] if inputs.dim() else 1
     if vector.dim() > min(inputs.dim(), 1) or vector.numel() not in (1, num_labels):
@@ -93,6 +187,7 @@ def check_vector(name: str, vector: Tensor | None, inputs_name: str, inputs: Ten
             f"{name}: expected shape ({num_labels},), one value a label of {inputs_name}, or a scalar, "
             f"got {tuple(vector.shape)}"
         )
+    return vector
 
 
 def check_weight(weight: Tensor | None, inputs_name: str, inputs: Tensor, *, broadcast: bool = False) -> None:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn import _reduction
 
-from ..ops import dispatch
-from ..ops.sigmoid import Operands, Spec, sigmoid_loss
-from .checks import (
-    check_alpha,
-    check_inputs,
-    check_number,
-    check_probabilities,
-    check_reduction,
-    check_targets,
-    check_vector,
-    check_weight,
-)
+from ..targets import SparseLabels
+from .checks import LARGEST, check_inputs, check_number, check_smoothing
+from .elementwise import Options, elementwise_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def sigmoid_focal_loss(
     inputs: Tensor,
-    targets: Tensor,
+    targets: Tensor | SparseLabels,
     alpha: float | Tensor | None = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
-    *,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    backend: str | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     r"""Focal loss for multi-label classification, in one pass over the logits; a drop-in for torchvision's.
 
@@ -42,7 +34,8 @@ def sigmoid_focal_loss(
     Args:
         inputs: logits, ``[..., L]``, of any strides, in float16, bfloat16, float32 or float64.
         targets: labels of the same shape: bool, any integer dtype (0 and 1), or floating, where values between 0 and 1
-            are soft labels. They are read as they are: a bool target costs one byte of traffic, an int64 eight.
+            are soft labels. They are read as they are: a bool target costs one byte of traffic, an int64 eight. Or the
+            labels without the zeros: :class:`SparseLabels` of ``(N, L)``, or a ``torch.sparse_csr`` tensor.
         alpha: weight of the positive labels against the negative ones, in [0, 1]; a tensor ``[L]`` gives each label
             its own; ``None`` or a negative number means no such weight. Numbers are compiled in: each new value of
             alpha or gamma compiles a kernel.
@@ -51,6 +44,11 @@ def sigmoid_focal_loss(
             ``"mean_positive"`` (the sum over the sum of the targets, at least 1, as detectors count).
         weight: ``[L]`` or the inputs' shape; multiplies each element's loss and does not change a denominator.
         pos_weight: ``[L]`` or a scalar; multiplies the positive term of the cross-entropy.
+        sample_weight: one value a row, ``inputs.shape[:-1]``; multiplies its losses and changes no denominator.
+        mask: bool, of the inputs' shape; where it is False, an element has no loss, no gradient, and does not count.
+        ignore_index: the target of elements that are treated so, in signed or floating dense targets.
+        label_smoothing: moves every label towards one half, y (1 - s) + s / 2; from 0, and less than 1.
+        normalizer: a number, or a tensor of shape ``()`` on the inputs' device, that takes the denominator's place.
         backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
             ``torch.compile``, ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
 
@@ -74,38 +72,25 @@ def sigmoid_focal_loss(
     ``torchvision.ops.sigmoid_focal_loss``.
     """
     check_inputs("inputs", inputs)
-    check_targets("targets", targets, "inputs", inputs)
-    check_probabilities("targets", targets)
-    alpha = _check_alpha(alpha, inputs)
-    gamma = check_number("gamma", gamma, 0)
-    check_reduction(reduction)
-    check_weight(weight, "inputs", inputs)
-    check_vector("pos_weight", pos_weight, "inputs", inputs)
-
-    promoted = torch.promote_types(inputs.dtype, targets.dtype) if targets.is_floating_point() else inputs.dtype
-    if reduction != "none" or torch.is_autocast_enabled(inputs.device.type):
-        promoted = torch.promote_types(promoted, torch.float32)
-    spec = Spec(
-        formula="focal",
-        params=(gamma,),
-        alpha=alpha if isinstance(alpha, float) else None,
-        reduction=reduction,
-        compute_dtype=_compute_dtype(inputs, targets),
-        loss_dtype=promoted,
+    return elementwise_loss(
+        "focal", (check_number("gamma", gamma, 0),), inputs, targets, reduction, alpha=alpha, **options
     )
-    operands = Operands(inputs, targets, alpha if isinstance(alpha, Tensor) else None, weight, pos_weight)
-    return sigmoid_loss(spec, operands, dispatch.resolve(backend, inputs.device))
 
 
 def binary_cross_entropy_with_logits(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseLabels,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-    pos_weight: Tensor | None = None,
+    pos_weight: float | Tensor | None = None,
     *,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Binary cross-entropy on logits, in one pass over them; a drop-in for torch's.
@@ -115,13 +100,14 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits, ``[..., L]``, of any strides, in float16, bfloat16, float32 or float64.
-        target: labels of the same shape: floating as torch has them, and also bool or any integer dtype (0 and 1).
+        target: labels of the same shape: floating as torch has them, and also bool or any integer dtype (0 and 1); or
+            :class:`SparseLabels`.
         weight: any shape that broadcasts to the input's; multiplies each element's loss.
         size_average, reduce: deprecated, as in torch; they override ``reduction``.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``, as in
             :func:`sigmoid_focal_loss`.
         pos_weight: ``[L]`` or a scalar; multiplies the positive term.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device.
+        sample_weight, mask, ignore_index, label_smoothing, normalizer, backend: as in :func:`sigmoid_focal_loss`.
 
     Returns:
         A scalar, or with ``"none"`` the input's shape, in torch's dtype: a floating target's, else the input's, and
@@ -143,36 +129,117 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_inputs("input", input)
-    check_targets("target", target, "input", input)
-    check_reduction(reduction)
-    check_weight(weight, "input", input, broadcast=True)
-    check_vector("pos_weight", pos_weight, "input", input)
-
-    loss_dtype = target.dtype if target.is_floating_point() else input.dtype
-    if loss_dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
-        loss_dtype = torch.float32
-    spec = Spec(
-        formula="bce",
-        params=(),
-        alpha=None,
-        reduction=reduction,
-        compute_dtype=_compute_dtype(input, target),
-        loss_dtype=loss_dtype,
+    return elementwise_loss(
+        "bce",
+        (),
+        input,
+        target,
+        reduction,
+        weight=weight,
+        pos_weight=pos_weight,
+        sample_weight=sample_weight,
+        mask=mask,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        normalizer=normalizer,
+        backend=backend,
+        as_torch=True,
     )
-    operands = Operands(input, target, weight=weight, pos_weight=pos_weight)
-    return sigmoid_loss(spec, operands, dispatch.resolve(backend, input.device))
 
 
-def _check_alpha(alpha: float | Tensor | None, inputs: Tensor) -> float | Tensor | None:
-    """alpha as a number, a tensor, or None for no class weight."""
-    if alpha is None:
-        return None
-    if not isinstance(alpha, Tensor):
-        return check_alpha(alpha)
-    check_vector("alpha", alpha, "inputs", inputs)
-    check_probabilities("alpha", alpha)
-    return alpha
+def asymmetric_loss(
+    inputs: Tensor,
+    targets: Tensor | SparseLabels,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float | None = 0.05,
+    reduction: str = "batchmean",
+    detach_focal_weight: bool = False,
+    **options: Unpack[Options],
+) -> Tensor:
+    r"""Asymmetric loss (ASL): negatives are damped more than positives, and easy ones dropped, in one pass.
+
+    .. math::
+        \ell(x, y) = -w \, m^{\gamma_+ y + \gamma_- (1 - y)} \left[ w_+ \, y \log p + (1 - y) \log(1 - r) \right]
+
+    with :math:`p = \sigma(x)`, :math:`r = \max(p - \text{clip}, 0)` and :math:`m = y (1 - p) + (1 - y) r`.
+
+    Args:
+        inputs, targets: logits ``[..., L]`` and labels, as in :func:`sigmoid_focal_loss`.
+        gamma_neg, gamma_pos: how strongly well-classified negatives and positives are damped, at least 0.
+        clip: negatives with a probability below it have neither loss nor gradient; from 0, and less than 1.
+        reduction: as in :func:`sigmoid_focal_loss`; ``"batchmean"`` is timm's default.
+        detach_focal_weight: take the focal factor for a constant when differentiating (timm's
+            ``disable_torch_grad_focal_loss``).
+        options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing``,
+            ``normalizer``, ``backend``, as in :func:`sigmoid_focal_loss`.
+
+    Returns:
+        As :func:`sigmoid_focal_loss`. Where p is close to ``clip``, r has the absolute accuracy of p: the difference
+        cancels.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit; nothing has been computed then.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import asymmetric_loss
+        >>> logits = torch.tensor([[2.0, -1.0, 0.5]], requires_grad=True)
+        >>> asymmetric_loss(logits, torch.tensor([[True, False, False]])).backward()
+
+    Follows Ridnik et al., "Asymmetric Loss For Multi-Label Classification", 2021 (arXiv:2009.14119), and timm's
+    ``AsymmetricLossMultiLabel``, without its eps.
+    """
+    check_inputs("inputs", inputs)
+    params = (
+        check_number("gamma_neg", gamma_neg, 0),
+        check_number("gamma_pos", gamma_pos, 0),
+        check_smoothing("clip", clip or 0.0),
+        bool(detach_focal_weight),
+    )
+    return elementwise_loss("asymmetric", params, inputs, targets, reduction, **options)
 
 
-def _compute_dtype(inputs: Tensor, targets: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (inputs.dtype, targets.dtype) else torch.float32
+def poly_focal_loss(
+    inputs: Tensor,
+    targets: Tensor | SparseLabels,
+    epsilon: float = 2.0,
+    gamma: float = 0.0,
+    alpha: float | Tensor | None = None,
+    reduction: str = "mean",
+    **options: Unpack[Options],
+) -> Tensor:
+    r"""Poly-1 on the focal loss, or with gamma 0 on binary cross-entropy, in one pass.
+
+    .. math::
+        \ell(x, y) = w \, \alpha_t \left[ m^\gamma \, \text{CE}(x, y) + \epsilon \, m^{\gamma + 1} \right]
+
+    with the focal loss's :math:`m`, the probability that is given to the wrong label, :math:`\alpha_t`, and
+    cross-entropy CE, which ``pos_weight`` is part of.
+
+    Args:
+        inputs, targets: logits ``[..., L]`` and labels, as in :func:`sigmoid_focal_loss`.
+        epsilon: how much the leading term of the cross-entropy's expansion is raised.
+        gamma, alpha, reduction: as in :func:`sigmoid_focal_loss`.
+        options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing``,
+            ``normalizer``, ``backend``, as in :func:`sigmoid_focal_loss`.
+
+    Returns:
+        As :func:`sigmoid_focal_loss`.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit; nothing has been computed then.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import poly_focal_loss
+        >>> logits = torch.tensor([[2.0, -1.0, 0.5]], requires_grad=True)
+        >>> poly_focal_loss(logits, torch.tensor([[True, False, False]]), epsilon=1.0).backward()
+
+    Follows Leng et al., "PolyLoss", 2022 (arXiv:2204.12511), and timm's ``PolyBinaryCrossEntropy``.
+    """
+    check_inputs("inputs", inputs)
+    params = (check_number("gamma", gamma, 0), check_number("epsilon", epsilon, -LARGEST))
+    return elementwise_loss("poly", params, inputs, targets, reduction, alpha=alpha, **options)

@@ -1,5 +1,13 @@
 """The losses as modules."""
 
-from .sigmoid import BCEWithLogitsLoss, SigmoidFocalLoss
+from .imbalance import DistributionBalancedLoss, GHMLoss
+from .sigmoid import AsymmetricLossMultiLabel, BCEWithLogitsLoss, PolyBinaryCrossEntropy, SigmoidFocalLoss
 
-__all__ = ["BCEWithLogitsLoss", "SigmoidFocalLoss"]
+__all__ = [
+    "AsymmetricLossMultiLabel",
+    "BCEWithLogitsLoss",
+    "DistributionBalancedLoss",
+    "GHMLoss",
+    "PolyBinaryCrossEntropy",
+    "SigmoidFocalLoss",
+]

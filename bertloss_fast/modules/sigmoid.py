@@ -1,27 +1,83 @@
-"""The multi-label family as modules over ``functional/sigmoid.py``. Tensors are buffers, so ``.to()`` moves them."""
+"""The elementwise multi-label losses as modules over ``functional/``. Tensors are buffers, so ``.to()`` moves them."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
 from .. import functional as F
-from ..functional.checks import check_alpha, check_backend, check_number, check_reduction
+from ..functional.checks import LARGEST, check_alpha, check_backend, check_number, check_reduction, check_smoothing
+from ..targets import SparseLabels
 
 
-class SigmoidFocalLoss(nn.Module):
+class ElementwiseLoss(nn.Module):
+    """What the elementwise losses share: the options that do not change from batch to batch.
+
+    A call takes those that do: ``sample_weight``, ``mask`` and ``normalizer``.
+    """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        reduction: str,
+        *,
+        weight: Tensor | None = None,
+        pos_weight: float | Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        check_backend(backend)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = check_smoothing("label_smoothing", label_smoothing)
+        self.backend = backend
+        if pos_weight is not None and not isinstance(pos_weight, Tensor):
+            pos_weight = torch.tensor(check_number("pos_weight", pos_weight, 0))
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """All options of a call."""
+        return options | {
+            "weight": self.weight,
+            "pos_weight": self.pos_weight,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "backend": self.backend,
+        }
+
+    def extra_repr(self) -> str:
+        shown = {name: getattr(self, name) for name in self._shown} | {"reduction": self.reduction}
+        shown |= {name: getattr(self, name) for name in ("ignore_index", "label_smoothing") if getattr(self, name)}
+        return ", ".join(
+            f"{name}=[{value.numel()} labels]" if isinstance(value, Tensor) else f"{name}={value!r}"
+            for name, value in shown.items()
+        )
+
+    _shown: tuple[str, ...] = ()
+
+
+class SigmoidFocalLoss(ElementwiseLoss):
     r"""Focal loss for multi-label classification; :func:`bertloss_fast.sigmoid_focal_loss` has the formula.
 
     Args:
         alpha: weight of the positive labels, a number in [0, 1], a tensor ``[L]`` (a buffer), or ``None``.
         gamma: how strongly well-classified elements are damped, at least 0.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
-        weight: ``[L]`` or the inputs' shape (a buffer).
-        pos_weight: ``[L]`` or a scalar (a buffer).
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device.
+        options: ``weight`` (``[L]`` or the inputs' shape) and ``pos_weight`` (``[L]`` or a scalar), which are buffers;
+            ``ignore_index``, ``label_smoothing``, ``backend``.
 
     Shape:
-        inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``.
+        inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
+        ``sample_weight``, ``mask`` and ``normalizer``.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
@@ -35,50 +91,24 @@ class SigmoidFocalLoss(nn.Module):
     """
 
     alpha: float | Tensor | None
-    weight: Tensor | None
-    pos_weight: Tensor | None
+    _shown = ("alpha", "gamma")
 
     def __init__(
-        self,
-        alpha: float | Tensor | None = 0.25,
-        gamma: float = 2.0,
-        reduction: str = "none",
-        *,
-        weight: Tensor | None = None,
-        pos_weight: Tensor | None = None,
-        backend: str | None = None,
+        self, alpha: float | Tensor | None = 0.25, gamma: float = 2.0, reduction: str = "none", **options: Any
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        check_backend(backend)
+        super().__init__(reduction, **options)
         self.gamma = check_number("gamma", gamma, 0)
-        self.reduction = reduction
-        self.backend = backend
         if isinstance(alpha, Tensor):
             self.register_buffer("alpha", alpha)
         else:
             self.alpha = alpha if alpha is None else check_alpha(alpha)
-        self.register_buffer("weight", weight)
-        self.register_buffer("pos_weight", pos_weight)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.sigmoid_focal_loss(
-            inputs,
-            targets,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        alpha = f"[{self.alpha.numel()} labels]" if isinstance(self.alpha, Tensor) else self.alpha
-        return f"alpha={alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+    def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
+        options = self._options(options)
+        return F.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction, **options)
 
 
-class BCEWithLogitsLoss(nn.Module):
+class BCEWithLogitsLoss(ElementwiseLoss):
     """Binary cross-entropy on logits; :func:`bertloss_fast.binary_cross_entropy_with_logits` has the formula.
 
     A drop-in for :class:`torch.nn.BCEWithLogitsLoss`, whose state dict it loads and writes.
@@ -88,10 +118,11 @@ class BCEWithLogitsLoss(nn.Module):
         size_average, reduce: deprecated, as in torch; they override ``reduction``.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
         pos_weight: ``[L]`` or a scalar (a buffer).
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device.
+        options: ``ignore_index``, ``label_smoothing``, ``backend``.
 
     Shape:
-        input and target ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``.
+        input and target ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
+        ``sample_weight``, ``mask`` and ``normalizer``.
 
     Raises:
         TypeError, ValueError: for arguments that no input fits; those that depend on the input at the call.
@@ -104,38 +135,144 @@ class BCEWithLogitsLoss(nn.Module):
         >>> loss = criterion(torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, dtype=torch.bool))
     """
 
-    weight: Tensor | None
-    pos_weight: Tensor | None
-
     def __init__(
         self,
         weight: Tensor | None = None,
         size_average: bool | None = None,
         reduce: bool | None = None,
         reduction: str = "mean",
-        pos_weight: Tensor | None = None,
-        *,
-        backend: str | None = None,
+        pos_weight: float | Tensor | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
-        check_reduction(reduction)
-        check_backend(backend)
-        self.reduction = reduction
-        self.backend = backend
-        self.register_buffer("weight", weight)
-        self.register_buffer("pos_weight", pos_weight)
+        super().__init__(reduction, weight=weight, pos_weight=pos_weight, **options)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(
-            input,
-            target,
-            self.weight,
-            reduction=self.reduction,
-            pos_weight=self.pos_weight,
-            backend=self.backend,
+    def forward(self, input: Tensor, target: Tensor | SparseLabels, **options: Any) -> Tensor:
+        return F.binary_cross_entropy_with_logits(input, target, reduction=self.reduction, **self._options(options))
+
+
+class AsymmetricLossMultiLabel(ElementwiseLoss):
+    """Asymmetric loss; :func:`bertloss_fast.asymmetric_loss` has the formula.
+
+    Takes timm's arguments by the same positions and names.
+
+    Args:
+        gamma_neg, gamma_pos: how strongly well-classified negatives and positives are damped, at least 0.
+        clip: negatives with a probability below it have neither loss nor gradient; from 0, and less than 1.
+        eps: taken and not used: nothing is clamped here.
+        disable_torch_grad_focal_loss, detach_focal_weight: take the focal factor for a constant; two names of one.
+        smoothing: timm's name of ``label_smoothing``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
+        weight, pos_weight: ``[L]``, or for pos_weight also a number (buffers).
+        options: ``ignore_index``, ``label_smoothing``, ``backend``.
+
+    Shape:
+        inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
+        ``sample_weight``, ``mask`` and ``normalizer``.
+
+    Raises:
+        TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import AsymmetricLossMultiLabel
+        >>> criterion = AsymmetricLossMultiLabel(gamma_neg=2.0, reduction="mean")
+        >>> loss = criterion(torch.zeros(4, 5, requires_grad=True), torch.zeros(4, 5, dtype=torch.bool))
+    """
+
+    _shown = ("gamma_neg", "gamma_pos", "clip", "detach_focal_weight")
+
+    def __init__(
+        self,
+        gamma_neg: float = 4.0,
+        gamma_pos: float = 1.0,
+        clip: float | None = 0.05,
+        eps: float = 1e-8,
+        disable_torch_grad_focal_loss: bool = False,
+        smoothing: float = 0.0,
+        reduction: str = "batchmean",
+        weight: Tensor | None = None,
+        pos_weight: float | Tensor | None = None,
+        *,
+        detach_focal_weight: bool = False,
+        **options: Any,
+    ) -> None:
+        options = one_smoothing(smoothing, options)
+        super().__init__(reduction, weight=weight, pos_weight=pos_weight, **options)
+        self.gamma_neg = check_number("gamma_neg", gamma_neg, 0)
+        self.gamma_pos = check_number("gamma_pos", gamma_pos, 0)
+        self.clip = check_smoothing("clip", clip or 0.0)
+        self.detach_focal_weight = detach_focal_weight or disable_torch_grad_focal_loss
+
+    def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
+        return F.asymmetric_loss(
+            inputs,
+            targets,
+            self.gamma_neg,
+            self.gamma_pos,
+            self.clip,
+            self.reduction,
+            self.detach_focal_weight,
+            **self._options(options),
         )
 
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+
+class PolyBinaryCrossEntropy(ElementwiseLoss):
+    """Poly-1 on binary cross-entropy or the focal loss; :func:`bertloss_fast.poly_focal_loss` has the formula.
+
+    Takes timm's arguments by the same positions and names.
+
+    Args:
+        epsilon: how much the leading term of the cross-entropy's expansion is raised.
+        gamma: how strongly well-classified elements are damped, at least 0.
+        alpha: weight of the positive labels, a number in [0, 1], a tensor ``[L]`` (a buffer), or ``None``.
+        smoothing: timm's name of ``label_smoothing``.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
+        options: ``weight``, ``pos_weight`` (buffers), ``ignore_index``, ``label_smoothing``, ``backend``.
+
+    Shape:
+        inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
+        ``sample_weight``, ``mask`` and ``normalizer``.
+
+    Raises:
+        TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import PolyBinaryCrossEntropy
+        >>> loss = PolyBinaryCrossEntropy(epsilon=1.0)(torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.bool))
+    """
+
+    alpha: float | Tensor | None
+    _shown = ("epsilon", "gamma", "alpha")
+
+    def __init__(
+        self,
+        epsilon: float = 2.0,
+        gamma: float = 0.0,
+        alpha: float | Tensor | None = None,
+        smoothing: float = 0.0,
+        reduction: str = "mean",
+        **options: Any,
+    ) -> None:
+        super().__init__(reduction, **one_smoothing(smoothing, options))
+        self.epsilon = check_number("epsilon", epsilon, -LARGEST)
+        self.gamma = check_number("gamma", gamma, 0)
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha if alpha is None else check_alpha(alpha)
+
+    def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
+        options = self._options(options)
+        return F.poly_focal_loss(inputs, targets, self.epsilon, self.gamma, self.alpha, self.reduction, **options)
+
+
+def one_smoothing(smoothing: float, options: dict[str, Any]) -> dict[str, Any]:
+    """timm's ``smoothing`` as our ``label_smoothing``."""
+    if smoothing and options.get("label_smoothing"):
+        raise ValueError("smoothing: expected 0 beside label_smoothing, of which it is another name")
+    return options | {"label_smoothing": smoothing} if smoothing else options

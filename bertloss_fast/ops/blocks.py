@@ -23,7 +23,7 @@ def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     row_step = block_size(matrix) // col_step
     for row in range(0, rows, row_step):
         for col in range(0, cols, col_step):
-            yield slice(row, row + row_step), slice(col, col + col_step)
+            yield slice(row, min(row + row_step, rows)), slice(col, min(col + col_step, cols))
 
 
 def has_soft_labels(targets: Tensor) -> bool:

@@ -1,192 +1,157 @@
-"""The multi-label family in plain PyTorch: the eager backend, and every derivative beyond the first.
-
-The mathematics is that of ``kernels/sigmoid.py``: v = (1 - 2y) x for the hard label nearest to y, q = sigmoid(v) the
-probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is ever taken as 1 minus the other, so
-both keep their relative accuracy. Autograd through the values is right to second order at any finite logit; at an
-infinite one it multiplies 0 by infinity, and only the slopes that are spelled out here give the limit.
-"""
+"""The multi-label family in plain PyTorch: the eager backend, and every derivative beyond the first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-# Beyond it softplus is the identity: at 20, torch's default, that costs a double its last digits.
-_LINEAR = 40.0
+from .formulas import FORMULAS, Factor, Label, Result, Soft, Values, gradient_bin, weighted
 
 
-class Soft(NamedTuple):
-    """A label between 0 and 1, at ``distance`` from its hard label; shares of the cross-entropy, times pos_weight."""
+class Spec(NamedTuple):
+    """What a loss is, apart from its tensors."""
 
-    whole: Tensor
-    rejected: Tensor
-    distance: Tensor
-
-
-Factor = Tensor | float | None  # alpha, the weights and the scale of an element's loss, multiplied
-
-
-def bce(v: Tensor, soft: Soft | None, factor: Factor, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``factor`` times binary cross-entropy, and its slope in v."""
-    loss = _weighted(_cross_entropy(v, soft), factor)
-    return loss, _weighted(_cross_entropy_slope(torch.sigmoid(v), soft), factor) if slope else None
+    formula: str
+    params: tuple[float, ...]
+    alpha: float | None
+    smoothing: float
+    ignored: float | None
+    reduction: str
+    compute_dtype: torch.dtype
+    loss_dtype: torch.dtype
 
 
-def focal(
-    v: Tensor, soft: Soft | None, factor: Factor, gamma: float, slope: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """``factor`` times the focal loss, and its slope in v."""
-    ce = _cross_entropy(v, soft)
-    q, p = torch.sigmoid(v), torch.sigmoid(-v)
-    if soft is None:
-        modulation = _power(q, gamma, lambda: -softplus(-v, threshold=_LINEAR))
-        growth = p
-    else:
-        m = (q + soft.distance * (p - q)).clamp_min(torch.finfo(v.dtype).tiny)
-        modulation = _power(m, gamma, lambda: m.log())
-        growth = p * q * (1 - 2 * soft.distance) / m
-    modulation = _weighted(modulation, factor)
-    loss = modulation * ce
-    if not slope:
-        return loss, None
-    # In place from here: who asks for a slope records no graph. An infinite logit has p = 0 and an infinite loss, whose
-    # product is 0.
-    growth *= ce.clamp_max_(torch.finfo(v.dtype).max)
-    torch.add(_cross_entropy_slope(q, soft), growth, alpha=gamma, out=growth)
-    return loss, growth.mul_(modulation)
+class Operands(NamedTuple):
+    """The tensors of a call. Targets are dense, or else labels in CSR; what formulas read beside them is contiguous."""
 
-
-def _weighted(value: Tensor, factor: Factor) -> Tensor:
-    return value if factor is None else value * factor
-
-
-def _cross_entropy(v: Tensor, soft: Soft | None) -> Tensor:
-    loss = softplus(v, threshold=_LINEAR)
-    if soft is None:
-        return loss
-    # At an infinite logit the two terms would be inf - inf, or 0 * inf: only what its label asks for counts there.
-    linear = torch.where(v > 0, soft.whole - soft.rejected, -soft.rejected)
-    limit = torch.where(linear == 0, 0.0, linear * v)
-    return torch.where(v.isinf(), limit, soft.whole * loss - soft.rejected * v)
-
-
-def _cross_entropy_slope(q: Tensor, soft: Soft | None) -> Tensor:
-    return q if soft is None else soft.whole * q - soft.rejected
-
-
-def _power(base: Tensor, exponent: float, log_base: Callable[[], Tensor]) -> Tensor:
-    """base ** exponent by products for small integers, so that 0 ** 0 is 1 and no derivative divides by a zero base."""
-    if exponent == 0:
-        return torch.ones_like(base)
-    if exponent in (1, 2, 3, 4):
-        return base if exponent == 1 else base * base if exponent == 2 else base ** int(exponent)
-    return torch.exp(exponent * log_base())
-
-
-FORMULAS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"bce": bce, "focal": focal}
+    inputs: Tensor  # [..., L]
+    targets: Tensor | None = None  # [..., L]
+    crow: Tensor | None = None  # [N + 1]
+    col: Tensor | None = None  # [nnz]
+    alpha: Tensor | None = None  # [L] or a scalar
+    weight: Tensor | None = None  # broadcastable to the inputs
+    pos_weight: Tensor | None = None  # [L] or a scalar
+    sample_weight: Tensor | None = None  # [...]
+    mask: Tensor | None = None  # [..., L]
+    normalizer: Tensor | None = None  # []
+    by_label: Tensor | None = None  # [k, L]
+    by_row: Tensor | None = None  # [...]
+    table: Tensor | None = None  # [bins]
 
 
 def elementwise(
-    formula: str,
-    params: tuple[float, ...],
-    inputs: Tensor,
-    targets: Tensor,
+    spec: Spec,
+    operands: Operands,
     *,
-    alpha: float | Tensor | None = None,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
     scale: float | Tensor = 1.0,
-    dtype: torch.dtype,
     soft: bool,
     slope: bool = False,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Result:
     """``scale`` times the loss of every element, and on request its derivative in ``inputs`` (which ``out`` can take).
 
-    ``soft=False`` promises that every target is 0 or 1, and is a shorter formula. Hard labels are selected by
-    arithmetic: it is exact, and on the CPU several times as fast as ``torch.where`` on a mask.
+    ``soft=False`` promises that every target that counts is 0 or 1, and is a shorter formula. Hard labels are selected
+    by arithmetic: it is exact, and on the CPU several times as fast as ``torch.where`` on a mask.
     """
-    x, y = _as(inputs, dtype), _as(targets, dtype)
-    labels = None
-    if soft:
-        hard = (y > 0.5).to(dtype)
-        sign = torch.rsub(hard, 1.0, alpha=2)
-        labels = _soft(y, hard, sign, pos_weight)
-    else:
-        sign = torch.rsub(y, 1.0, alpha=2)
+    x, y, kept = _elements(spec, operands)
+    label = _label(spec, y, operands.pos_weight, soft)
+    if label.soft is not None:
+        y = label.soft.y
     # A number is folded into alpha's two values. An upstream gradient is not: it may be infinite, and 0 * inf is NaN.
     number = 1.0 if isinstance(scale, Tensor) else scale
     factor: Factor = number if number != 1 else None
-    if isinstance(alpha, float) and alpha >= 0.1:
-        factor = y * ((2 * alpha - 1) * number) + (1 - alpha) * number
-    elif alpha is not None:
+    if operands.alpha is None and spec.alpha is not None and spec.alpha >= 0.1:
+        factor = y * ((2 * spec.alpha - 1) * number) + (1 - spec.alpha) * number
+    elif operands.alpha is not None or spec.alpha is not None:
         # A smaller alpha would lose its digits to that sum.
-        alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
-        factor = y * (alpha * number) + (1 - y) * ((1 - alpha) * number)
-    if weight is not None:
-        factor = _weighted(weight.to(dtype), factor)
-    if pos_weight is not None and not soft:
-        factor = _weighted(y * pos_weight.to(dtype) + (1 - y), factor)
+        alpha = spec.alpha if operands.alpha is None else operands.alpha.to(spec.compute_dtype)
+        factor = y * (alpha * number) + (1 - y) * ((1 - alpha) * number)  # type: ignore[operator]
+    if operands.weight is not None:
+        factor = weighted(operands.weight.to(spec.compute_dtype), factor)
+    if operands.sample_weight is not None:
+        factor = weighted(operands.sample_weight.to(spec.compute_dtype).unsqueeze(-1), factor)
     if isinstance(scale, Tensor):
-        factor = _weighted(scale, factor)
-    loss, loss_slope = FORMULAS[formula](sign * x, labels, factor, *params, slope=slope)
-    return loss, None if loss_slope is None else torch.mul(loss_slope, sign, out=out)
+        factor = weighted(scale, factor)
+    values = Values(operands.by_label, operands.by_row, operands.table)
+    loss, loss_slope = FORMULAS[spec.formula](label.sign * x, label, values, factor, *spec.params, slope=slope)
+    if kept is not None:
+        loss = torch.where(kept, loss, 0.0)
+        loss_slope = None if loss_slope is None else torch.where(kept, loss_slope, 0.0)
+    return loss, None if loss_slope is None else torch.mul(loss_slope, label.sign, out=out)
+
+
+def histogram(spec: Spec, operands: Operands, bins: int, *, soft: bool) -> Tensor:
+    """How many elements have their |sigmoid(x) - y| in each of the bins, for GHM."""
+    x, y, kept = _elements(spec, operands)
+    label = _label(spec, y, None, soft)
+    index = gradient_bin(torch.sigmoid(label.sign * x), label, bins)
+    ones = torch.ones_like(index) if kept is None else kept.long()
+    return torch.zeros(bins, dtype=torch.long, device=x.device).scatter_add(0, index.flatten(), ones.flatten())
+
+
+def _elements(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits and targets in the dtype of the computation, and which of them count; None for all."""
+    assert operands.targets is not None
+    kept = keep(spec, operands)
+    x, y = _as(operands.inputs, spec.compute_dtype), _as(operands.targets, spec.compute_dtype)
+    if kept is None:
+        return x, y, None
+    return torch.where(kept, x, 0.0), torch.where(kept, y, 0.0), kept  # what does not count is no source of NaN
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call of to() costs even where it does nothing
 
 
-def _soft(y: Tensor, hard: Tensor, sign: Tensor, pos_weight: Tensor | None) -> Soft:
+def keep(spec: Spec, operands: Operands) -> Tensor | None:
+    """Which elements count; None for all."""
+    kept = operands.mask
+    if spec.ignored is not None and operands.targets is not None:
+        counts = operands.targets != spec.ignored
+        kept = counts if kept is None else kept & counts
+    return kept
+
+
+def _label(spec: Spec, y: Tensor, pos_weight: Tensor | None, soft: bool) -> Label:
+    pos_weight = None if pos_weight is None else pos_weight.to(y.dtype)
+    if not soft and not spec.smoothing:
+        share = None if pos_weight is None else y * pos_weight + (1 - y)
+        return Label(y, torch.rsub(y, 1.0, alpha=2), share, None)
+    hard = (y > 0.5).to(y.dtype) if soft else y
+    sign = torch.rsub(hard, 1.0, alpha=2)
+    if spec.smoothing:
+        y = y * (1 - spec.smoothing) + 0.5 * spec.smoothing
     distance = (y - hard) * sign
     if pos_weight is None:
-        return Soft(torch.ones_like(y), distance, distance)
-    positive_share = y * pos_weight.to(y.dtype)
-    return Soft(positive_share + (1 - y), torch.lerp(positive_share, 1 - y, hard), distance)
+        return Label(hard, sign, None, Soft(torch.ones_like(y), distance, distance, y, y))
+    share = y * pos_weight
+    return Label(hard, sign, None, Soft(share + (1 - y), torch.lerp(share, 1 - y, hard), distance, y, share))
 
 
-def loss(
-    formula: str,
-    params: tuple[float, ...],
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    alpha: float | Tensor | None,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
-    dtype: torch.dtype,
-    soft: bool,
-) -> Tensor:
+def loss(spec: Spec, operands: Operands, *, soft: bool) -> Tensor:
     """The loss as differentiable operations, for what no kernel can serve: torch.func, compile, second derivatives."""
-    values, _ = elementwise(
-        formula,
-        params,
-        inputs,
-        targets,
-        alpha=alpha,
-        weight=weight,
-        pos_weight=pos_weight,
-        dtype=dtype,
-        soft=soft,
-    )
-    if reduction == "none":
-        return values
-    if reduction == "mean" and values.numel():
-        return values.mean()
-    return values.sum() / denominator(reduction, inputs, targets, dtype)
+    values, _ = elementwise(spec, operands, soft=soft)
+    if spec.reduction == "none":
+        return values.to(spec.loss_dtype)
+    whole = operands.normalizer is None and keep(spec, operands) is None
+    if spec.reduction == "mean" and whole and values.numel():
+        return values.mean().to(spec.loss_dtype)
+    return (values.sum() / denominator(spec, operands)).to(spec.loss_dtype)
 
 
-def denominator(reduction: str, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> int | Tensor:
+def denominator(spec: Spec, operands: Operands) -> int | Tensor:
     """What the sum of the losses is divided by: at least 1, so that an empty batch has a loss of 0."""
-    if reduction == "mean":
-        return max(inputs.numel(), 1)
-    if reduction == "batchmean":
+    if operands.normalizer is not None:
+        return operands.normalizer.to(spec.compute_dtype)
+    inputs, targets = operands.inputs, operands.targets
+    if spec.reduction == "batchmean":
         return max(inputs.shape[:-1].numel(), 1)
-    if reduction == "mean_positive":
-        return targets.sum(dtype=dtype).clamp_min(1)
+    kept = keep(spec, operands)
+    if spec.reduction == "mean":
+        return max(inputs.numel(), 1) if kept is None else kept.sum(dtype=spec.compute_dtype).clamp_min(1)
+    if spec.reduction == "mean_positive" and targets is not None:
+        counted = targets if kept is None else torch.where(kept, targets, 0)
+        return counted.sum(dtype=spec.compute_dtype).clamp_min(1)
     return 1

@@ -1,0 +1,130 @@
+"""What the elementwise losses share: their options, checked and made operands."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..ops import dispatch
+from ..ops.sigmoid import sigmoid_loss
+from ..reference.sigmoid import Operands, Spec
+from ..targets import SparseLabels
+from .checks import (
+    as_normalizer,
+    as_targets,
+    as_vector,
+    check_alpha,
+    check_mask,
+    check_probabilities,
+    check_reduction,
+    check_sample_weight,
+    check_smoothing,
+    check_weight,
+)
+
+
+class Options(TypedDict, total=False):
+    """What every elementwise loss takes; :func:`sigmoid_focal_loss` tells what they mean."""
+
+    weight: Tensor | None
+    pos_weight: float | Tensor | None
+    sample_weight: Tensor | None
+    mask: Tensor | None
+    ignore_index: int | None
+    label_smoothing: float
+    normalizer: float | Tensor | None
+    backend: str | None
+
+
+def elementwise_loss(
+    formula: str,
+    params: tuple[float, ...],
+    inputs: Tensor,
+    targets: Tensor | SparseLabels,
+    reduction: str,
+    *,
+    backend: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """A loss of one logit and one label, on inputs and params that are checked."""
+    spec, operands = prepare(formula, params, inputs, targets, reduction, **options)
+    return sigmoid_loss(spec, operands, dispatch.resolve(backend, inputs.device))
+
+
+def prepare(
+    formula: str,
+    params: tuple[float, ...],
+    inputs: Tensor,
+    targets: Tensor | SparseLabels,
+    reduction: str,
+    *,
+    alpha: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    pos_weight: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    as_torch: bool = False,
+) -> tuple[Spec, Operands]:
+    """A call's arguments, checked; ``as_torch`` has the names, broadcast weights and dtypes of torch's losses."""
+    inputs_name, targets_name = ("input", "target") if as_torch else ("inputs", "targets")
+    dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index)
+    if dense is not None and not as_torch:
+        check_probabilities(targets_name, dense, ignore_index)
+    check_reduction(reduction)
+    alpha_number, alpha_tensor = _alpha(alpha, inputs)
+    check_weight(weight, inputs_name, inputs, broadcast=as_torch)
+    check_sample_weight(sample_weight, inputs_name, inputs)
+    check_mask(mask, inputs_name, inputs)
+    spec = Spec(
+        formula=formula,
+        params=params,
+        alpha=alpha_number,
+        smoothing=check_smoothing("label_smoothing", label_smoothing),
+        ignored=ignore_index,
+        reduction=reduction,
+        compute_dtype=torch.float64 if _has_dtype(torch.float64, inputs, dense) else torch.float32,
+        loss_dtype=_loss_dtype(inputs, dense, reduction, as_torch),
+    )
+    operands = Operands(
+        inputs,
+        dense,
+        crow,
+        col,
+        alpha=alpha_tensor,
+        weight=weight,
+        pos_weight=as_vector("pos_weight", pos_weight, inputs_name, inputs),
+        sample_weight=sample_weight,
+        mask=mask,
+        normalizer=as_normalizer(normalizer, reduction, inputs_name, inputs),
+    )
+    return spec, operands
+
+
+def _alpha(alpha: float | Tensor | None, inputs: Tensor) -> tuple[float | None, Tensor | None]:
+    """alpha as a number or as a tensor; neither for no class weight."""
+    if alpha is None:
+        return None, None
+    if not isinstance(alpha, Tensor):
+        return check_alpha(alpha), None
+    as_vector("alpha", alpha, "inputs", inputs)
+    check_probabilities("alpha", alpha)
+    return None, alpha
+
+
+def _has_dtype(dtype: torch.dtype, inputs: Tensor, targets: Tensor | None) -> bool:
+    return inputs.dtype == dtype or (targets is not None and targets.dtype == dtype)
+
+
+def _loss_dtype(inputs: Tensor, targets: Tensor | None, reduction: str, as_torch: bool) -> torch.dtype:
+    soft = targets is not None and targets.is_floating_point()
+    autocast = torch.is_autocast_enabled(inputs.device.type)
+    if as_torch:
+        dtype = targets.dtype if soft and targets is not None else inputs.dtype
+        return torch.float32 if dtype.itemsize == 2 and autocast else dtype
+    dtype = torch.promote_types(inputs.dtype, targets.dtype) if soft and targets is not None else inputs.dtype
+    return torch.promote_types(dtype, torch.float32) if reduction != "none" or autocast else dtype

@@ -1,0 +1,80 @@
+"""The operands of a call as matrices, whole or in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor
+
+from ..reference.sigmoid import Operands
+from .blocks import blocks
+from .sparse import dense, dense_block
+
+
+def with_dense_targets(operands: Operands) -> Operands:
+    if operands.crow is None or operands.col is None:
+        return operands
+    targets = dense(operands.crow, operands.col, operands.inputs.shape)
+    return operands._replace(targets=targets, crow=None, col=None)
+
+
+def rows_and_labels(inputs: Tensor) -> tuple[int, int]:
+    """[..., L] as [N, L]; a single logit is a row of one label."""
+    num_labels = inputs.shape[-1] if inputs.dim() else 1
+    return inputs.numel() // max(num_labels, 1), num_labels
+
+
+def as_matrices(operands: Operands) -> Operands:
+    """Every operand as [N, L], [N] or [L], by views wherever strides allow them."""
+    rows, num_labels = shape = rows_and_labels(operands.inputs)
+
+    def matrix(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.expand(operands.inputs.shape).reshape(shape).resolve_neg()  # a negation that torch has put off
+
+    def by_label(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.expand(num_labels).resolve_neg()
+
+    def by_row(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(rows).resolve_neg()
+
+    return operands._replace(
+        inputs=cast(Tensor, matrix(operands.inputs)),
+        targets=matrix(operands.targets),
+        alpha=by_label(operands.alpha),
+        weight=matrix(operands.weight),
+        pos_weight=by_label(operands.pos_weight),
+        sample_weight=by_row(operands.sample_weight),
+        mask=matrix(operands.mask),
+        by_row=by_row(operands.by_row),
+    )
+
+
+def parts(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
+    """The blocks of a call, and the operands' parts that they cut out."""
+    operands = as_matrices(operands)
+    for block in blocks(operands.inputs):
+        yield block, _part(operands, *block)
+
+
+def _part(operands: Operands, rows: slice, labels: slice) -> Operands:
+    def cut(tensor: Tensor | None, *places: slice) -> Tensor | None:
+        return None if tensor is None else tensor[places]
+
+    targets = cut(operands.targets, rows, labels)
+    if operands.crow is not None and operands.col is not None:
+        targets = dense_block(operands.crow, operands.col, rows, labels)
+    return Operands(
+        operands.inputs[rows, labels],
+        targets,
+        alpha=cut(operands.alpha, labels),
+        weight=cut(operands.weight, rows, labels),
+        pos_weight=cut(operands.pos_weight, labels),
+        sample_weight=cut(operands.sample_weight, rows),
+        mask=cut(operands.mask, rows, labels),
+        by_label=cut(operands.by_label, slice(None), labels),
+        by_row=cut(operands.by_row, rows),
+        table=operands.table,
+    )

@@ -1,0 +1,30 @@
+"""Labels in CSR, where a dense block of them is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_of_label(crow: Tensor, col: Tensor) -> Tensor:
+    """The row of each label."""
+    rows = torch.arange(len(crow) - 1, device=col.device)
+    return rows.repeat_interleave(crow.diff(), output_size=len(col))
+
+
+def dense_block(crow: Tensor, col: Tensor, rows: slice, cols: slice) -> Tensor:
+    """Rows and columns of the targets as 0 and 1, on the CPU."""
+    crow = crow[rows.start : rows.stop + 1]
+    col = col[int(crow[0]) : int(crow[-1])].long() - cols.start
+    row = row_of_label(crow, col)
+    width = cols.stop - cols.start
+    inside = (col >= 0) & (col < width)
+    block = torch.zeros(len(crow) - 1, width, dtype=torch.uint8)
+    block[row[inside], col[inside]] = 1
+    return block
+
+
+def dense(crow: Tensor, col: Tensor, shape: torch.Size) -> Tensor:
+    """All targets as 0 and 1, [..., L], without a look at the indices."""
+    targets = torch.zeros(len(crow) - 1, shape[-1], dtype=torch.uint8, device=col.device)
+    return targets.index_put((row_of_label(crow, col), col.long()), targets.new_ones(())).reshape(shape)
