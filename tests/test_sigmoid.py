@@ -163,7 +163,7 @@ def drawn_params(data: st.DataObject, formula: str, shape: tuple[int, ...], devi
         params["gamma"] = data.draw(gammas, label="gamma")
         params["alpha"] = data.draw(st.sampled_from([None, 0.3, 0.0, 1.0, "by label"]), label="alpha")
         if params["alpha"] == "by label":
-            params["alpha"] = uniform(*shape[-1:], device=device, seed=3).float()
+            params["alpha"] = uniform(*shape[-1:], device=device, seed=3).float().double()
     if formula == "poly":
         params["epsilon"] = data.draw(st.sampled_from([2.0, -0.5, 0.0]), label="epsilon")
     if formula == "asl":

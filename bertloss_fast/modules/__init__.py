@@ -1,6 +1,7 @@
 """The losses as modules."""
 
 from .imbalance import DistributionBalancedLoss, GHMLoss
+from .rowwise import TwoWayLoss, ZlprLoss
 from .sigmoid import AsymmetricLossMultiLabel, BCEWithLogitsLoss, PolyBinaryCrossEntropy, SigmoidFocalLoss
 
 __all__ = [
@@ -10,4 +11,6 @@ __all__ = [
     "GHMLoss",
     "PolyBinaryCrossEntropy",
     "SigmoidFocalLoss",
+    "TwoWayLoss",
+    "ZlprLoss",
 ]

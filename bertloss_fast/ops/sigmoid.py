@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..reference import sigmoid as reference
-from ..reference.sigmoid import Operands, Spec
+from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
 from .blocks import block_size, has_soft_labels
 from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
@@ -202,7 +202,7 @@ def _eager_forward(
     if inputs.numel() <= block_size(inputs):
         values, slopes = _eager_block(spec, operands, scale, with_grad)
         loss = values.sum() if reduced else values
-        return loss.to(spec.loss_dtype), None if slopes is None else slopes.to(inputs.dtype)
+        return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype)
     grad = inputs.new_empty(inputs.shape) if with_grad else None
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
     sums = []
@@ -222,7 +222,7 @@ def _eager_backward(
     if written is not None and upstream.item() == 1:
         return written
     inputs = operands.inputs
-    scale: float | Tensor = upstream.to(spec.compute_dtype) / count
+    scale: float | Tensor = as_dtype(upstream, spec.compute_dtype) / count
     if inputs.device.type == "cpu" and upstream.dim() == 0 and upstream.isfinite():
         scale = upstream.item() / _number(count)  # as in forward, bit for bit
     if inputs.numel() <= block_size(inputs):

@@ -95,14 +95,18 @@ def _elements(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor, Tensor | 
     """Logits and targets in the dtype of the computation, and which of them count; None for all."""
     assert operands.targets is not None
     kept = keep(spec, operands)
-    x, y = _as(operands.inputs, spec.compute_dtype), _as(operands.targets, spec.compute_dtype)
+    x, y = as_dtype(operands.inputs, spec.compute_dtype), as_dtype(operands.targets, spec.compute_dtype)
     if kept is None:
         return x, y, None
     return torch.where(kept, x, 0.0), torch.where(kept, y, 0.0), kept  # what does not count is no source of NaN
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call of to() costs even where it does nothing
+
+
+def _may_ignore(spec: Spec, operands: Operands) -> bool:
+    return operands.mask is not None or spec.ignored is not None
 
 
 def keep(spec: Spec, operands: Operands) -> Tensor | None:
@@ -133,12 +137,11 @@ def _label(spec: Spec, y: Tensor, pos_weight: Tensor | None, soft: bool) -> Labe
 def loss(spec: Spec, operands: Operands, *, soft: bool) -> Tensor:
     """The loss as differentiable operations, for what no kernel can serve: torch.func, compile, second derivatives."""
     values, _ = elementwise(spec, operands, soft=soft)
-    if spec.reduction == "none":
-        return values.to(spec.loss_dtype)
-    whole = operands.normalizer is None and keep(spec, operands) is None
-    if spec.reduction == "mean" and whole and values.numel():
-        return values.mean().to(spec.loss_dtype)
-    return (values.sum() / denominator(spec, operands)).to(spec.loss_dtype)
+    if spec.reduction == "mean" and operands.normalizer is None and values.numel() and not _may_ignore(spec, operands):
+        values = values.mean()
+    elif spec.reduction != "none":
+        values = values.sum() / denominator(spec, operands)
+    return as_dtype(values, spec.loss_dtype)
 
 
 def denominator(spec: Spec, operands: Operands) -> int | Tensor:

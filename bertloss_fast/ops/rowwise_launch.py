@@ -1,0 +1,179 @@
+"""The launches of ZLPR and two-way, and the memory that they need."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+from torch import Tensor
+
+from ..kernels import combine, parts, rowwise
+from ..reference.rowwise import Saved, Spec, known_denominator
+from ..reference.sigmoid import Operands
+from .operands import as_matrices
+
+
+def triton_forward(spec: Spec, operands: Operands, with_grad: bool) -> tuple[Tensor, Saved]:
+    """The loss, and what backward needs: for ZLPR with a denominator that is known beforehand, the gradient."""
+    inputs = operands.inputs
+    two_way = spec.formula == "two_way"
+    denominator = None if two_way else known_denominator(spec, operands)
+    grad = inputs.new_empty(inputs.shape) if with_grad and denominator is not None else None
+    reduced = spec.reduction != "none"
+    loss = inputs.new_empty(() if reduced else inputs.shape[:-1], dtype=spec.loss_dtype)
+    empty = partial(inputs.new_empty, dtype=spec.compute_dtype)
+    operands = as_matrices(operands)
+    shape = operands.inputs.shape
+    saved = Saved(grad, empty(2 if two_way else 1) if denominator is None else None)
+    if not two_way and rowwise.fits(shape[1], spec.compute_dtype):
+        of_rows = programs = rowwise.num_programs(shape)
+    else:
+        of_rows, programs = combine.num_programs(shape[0], shape[1] if two_way else 0)
+        saved = saved._replace(row_slopes=empty(4, shape[0]), col_slopes=empty(4, shape[1]) if two_way else None)
+    losses = empty(programs) if reduced else loss
+    counts = empty(programs) if saved.denominators is not None else None
+    if saved.row_slopes is None:
+        _launch_zlpr(spec, operands, denominator, (), None, losses, counts, grad)
+    else:
+        _launch_sums(spec, operands, denominator, losses, counts, saved)
+        if grad is not None:
+            _launch_gradient(spec, operands, saved, (), None, grad)
+    if reduced:
+        combine.total_launcher(losses, counts, loss, saved.denominators, of_rows)
+    return loss, saved
+
+
+def triton_backward(spec: Spec, operands: Operands, saved: Saved, upstream: Tensor) -> Tensor:
+    """The gradient; a launch that returns at once where it is written and the upstream is 1."""
+    grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grad is None else saved.grad
+    factors: tuple[Tensor, ...] = ()
+    if any(upstream.stride()):
+        factors, scalar = (upstream.reshape(-1).contiguous(),), None
+    else:
+        scalar = upstream.as_strided((), ())  # also from sum() or mean(): one value, expanded
+    written = saved.grad is not None
+    if saved.row_slopes is not None:
+        _launch_gradient(spec, as_matrices(operands), saved, factors, scalar, grad, written=written)
+        return grad
+    denominator = known_denominator(spec, operands) if saved.denominators is None else saved.denominators
+    _launch_zlpr(spec, as_matrices(operands), denominator, factors, scalar, None, None, grad, written=written)
+    return grad
+
+
+def _count(spec: Spec) -> str:
+    """What the kernels count for the denominator."""
+    if spec.formula == "two_way":
+        return "any"
+    return "positives" if spec.reduction == "mean_positive" else "elements"
+
+
+def _targets(operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
+    if operands.targets is None:
+        return cast(Tensor, operands.crow), cast(Tensor, operands.col)
+    return operands.targets
+
+
+def _weights(operands: Operands) -> tuple[Tensor, ...]:
+    return () if operands.sample_weight is None else (operands.sample_weight.contiguous(),)
+
+
+def _launch_zlpr(
+    spec: Spec,
+    operands: Operands,
+    denominator: int | Tensor | None,
+    factors: tuple[Tensor, ...],
+    upstream: Tensor | None,
+    losses: Tensor | None,
+    counts: Tensor | None,
+    grad: Tensor | None,
+    *,
+    written: bool = False,
+) -> None:
+    rowwise.zlpr_launcher(
+        operands.inputs,
+        _targets(operands),
+        operands.mask,
+        (*_weights(operands), *factors),
+        denominator,
+        upstream,
+        losses,
+        counts,
+        grad,
+        reduced=spec.reduction != "none" and losses is not None,
+        count=_count(spec),
+        ignored=spec.ignored,
+        written=written,
+        compute_dtype=spec.compute_dtype,
+    )
+
+
+def _launch_sums(
+    spec: Spec,
+    operands: Operands,
+    denominator: int | Tensor | None,
+    losses: Tensor,
+    counts: Tensor | None,
+    saved: Saved,
+) -> None:
+    """Sums of the parts of lines, of which then the losses of the lines are made, and their slopes."""
+    inputs = operands.inputs
+    num_rows, num_labels = inputs.shape
+    two_way = spec.formula == "two_way"
+    cut = parts.cut(inputs.shape, columns=two_way, compute_dtype=spec.compute_dtype)
+    rows = inputs.new_empty(5, cut.strips, num_rows, dtype=spec.compute_dtype)
+    cols = inputs.new_empty(4, cut.chunks, num_labels, dtype=spec.compute_dtype) if two_way else None
+    parts.partials_launcher(
+        inputs,
+        _targets(operands),
+        operands.mask,
+        rows,
+        cols,
+        cut,
+        temperatures=spec.temperatures,
+        count=_count(spec),
+        ignored=spec.ignored,
+        compute_dtype=spec.compute_dtype,
+    )
+    combine.combine_launcher(
+        spec.formula,
+        rows,
+        cols,
+        _weights(operands),
+        denominator,
+        cast(Tensor, saved.row_slopes),
+        saved.col_slopes,
+        losses,
+        counts,
+        temperatures=spec.temperatures,
+        count=_count(spec),
+        reduced=spec.reduction != "none",
+    )
+
+
+def _launch_gradient(
+    spec: Spec,
+    operands: Operands,
+    saved: Saved,
+    factors: tuple[Tensor, ...],
+    upstream: Tensor | None,
+    grad: Tensor,
+    *,
+    written: bool = False,
+) -> None:
+    two_way = spec.formula == "two_way"
+    parts.gradient_launcher(
+        operands.inputs,
+        _targets(operands),
+        operands.mask,
+        cast(Tensor, saved.row_slopes),
+        saved.col_slopes,
+        saved.denominators,
+        factors,
+        upstream,
+        grad,
+        parts.cut(operands.inputs.shape, columns=two_way, compute_dtype=spec.compute_dtype),
+        temperatures=spec.temperatures,
+        ignored=spec.ignored,
+        written=written,
+        compute_dtype=spec.compute_dtype,
+    )
