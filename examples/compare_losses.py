@@ -21,7 +21,7 @@ import numpy as np
 
 import train_multilabel as demo
 
-DEFAULT_LOSSES = ("bce", "focal", "asl", "db")
+DEFAULT_LOSSES = ("bce", "focal", "asl", "db", "zlpr")
 COLUMNS = {"micro_f1": "micro-F1", "macro_f1": "macro-F1"}
 COLUMNS |= {f"macro_f1_{third}": third for third in ("head", "middle", "tail")}
 

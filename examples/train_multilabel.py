@@ -33,6 +33,8 @@ LOSSES = {
     "poly": "Poly-1 cross-entropy",
     "db": "distribution-balanced loss",
     "ghm": "gradient harmonizing",
+    "zlpr": "ZLPR",
+    "twoway": "two-way",
 }
 """What --help says of each; `training.LOSSES` makes them, and is not imported for a --help."""
 

@@ -25,6 +25,8 @@ from bertloss_fast import (
     PolyBinaryCrossEntropy,
     SigmoidFocalLoss,
     SparseLabels,
+    TwoWayLoss,
+    ZlprLoss,
     label_counts,
 )
 from classifier import TextClassifier
@@ -40,10 +42,12 @@ LOSSES: dict[str, Callable[[argparse.Namespace, Tensor, int], nn.Module]] = {
     "poly": lambda options, counts, samples: PolyBinaryCrossEntropy(reduction="batchmean"),
     "db": lambda options, counts, samples: DistributionBalancedLoss(counts, samples, reduction="batchmean"),
     "ghm": lambda options, counts, samples: GHMLoss(reduction="batchmean"),
+    "zlpr": lambda options, counts, samples: ZlprLoss(),
+    "twoway": lambda options, counts, samples: TwoWayLoss(),
 }
 """Each takes the options, how often each label occurs in training, and how many texts that has.
 
-Sum over a text's labels, mean over texts: a mean over 1000 labels would leave the few positives no weight.
+The elementwise ones sum over labels: a mean over 1000 of them would leave the few positives no weight.
 """
 
 

@@ -143,7 +143,7 @@ def combine_launcher(
     loss: Tensor,
     counts: Tensor | None,
     *,
-    temperatures: tuple[float, float],
+    temperatures: tuple[float, ...],
     count: str,
     reduced: bool,
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_bad_option_gets_a_sentence(arguments: list[str], sentence: str, tmp_p
     assert sentence in errors
 
 
-LOSSES = ("focal", "bce", "asl", "poly", "db", "ghm")
+LOSSES = ("focal", "bce", "asl", "poly", "db", "ghm", "zlpr", "twoway")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

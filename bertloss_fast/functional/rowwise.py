@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.rowwise import rowwise_loss
-from ..reference.rowwise import Spec
-from ..reference.sigmoid import Operands
+from ..reference.sigmoid import Operands, Spec
 from ..targets import SparseLabels
 from .checks import (
     as_normalizer,
@@ -173,4 +172,13 @@ def _spec(
         dtype = torch.promote_types(dtype, targets.dtype)
     compute_dtype = torch.promote_types(dtype, torch.float32)
     reduced = reduction != "none" or torch.is_autocast_enabled(inputs.device.type)
-    return Spec(formula, temperatures, reduction, ignored, compute_dtype, compute_dtype if reduced else dtype)
+    return Spec(
+        formula=formula,
+        params=temperatures,
+        alpha=None,
+        smoothing=0.0,
+        ignored=ignored,
+        reduction=reduction,
+        compute_dtype=compute_dtype,
+        loss_dtype=compute_dtype if reduced else dtype,
+    )

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..reference import rowwise as reference
-from ..reference.rowwise import Saved, Slopes, Spec, Sums
-from ..reference.sigmoid import Operands
+from ..reference.rowwise import Saved, Slopes, Sums
+from ..reference.sigmoid import Operands, Spec
 from . import dispatch
 from .blocks import block_size
 from .operands import as_matrices, with_dense_targets
@@ -122,11 +122,11 @@ def _eager_zlpr_rows(spec: Spec, operands: Operands, scale: Tensor, grad: Tensor
     losses = scale.new_empty(len(scale))
     for rows, part in _parts(operands):
         of = reference.classes(spec, part)
-        negative, positive, e = reference.line_sums(of, spec.temperatures, 1)
+        negative, positive, e = reference.line_sums(of, spec.params, 1)
         losses_of_rows, slopes = reference.line_losses(spec, negative, positive)
         losses[rows] = (losses_of_rows * scale[rows]).squeeze(1)
         if grad is not None:
-            _write(grad, rows, reference.gradient(of, spec.temperatures, slopes.times(scale[rows]), e))
+            _write(grad, rows, reference.gradient(of, spec.params, slopes.times(scale[rows]), e))
     return losses
 
 
@@ -150,15 +150,15 @@ def _eager_two_way(spec: Spec, operands: Operands, with_grad: bool) -> tuple[Ten
     columns: tuple[Sums, Sums] | None = None
     for _, part in _parts(operands):
         of = reference.classes(spec, part)
-        negative, positive, _ = reference.line_sums(of, spec.temperatures, 1)
+        negative, positive, _ = reference.line_sums(of, spec.params, 1)
         losses_of_rows, slopes = reference.line_losses(spec, negative, positive)
         losses.append(losses_of_rows.sum())
         row_slopes.append(torch.cat(slopes, 1))
         counts.append((positive.total != 0).sum())
-        negative, positive, _ = reference.line_sums(of, spec.temperatures, 0)
+        negative, positive, _ = reference.line_sums(of, spec.params, 0)
         if columns is not None:
-            negative = reference.add_sums(columns[0], negative, spec.temperatures[0])
-            positive = reference.add_sums(columns[1], positive, spec.temperatures[1])
+            negative = reference.add_sums(columns[0], negative, spec.params[0])
+            positive = reference.add_sums(columns[1], positive, spec.params[1])
         columns = negative, positive
     assert columns is not None
     losses_of_cols, slopes = reference.line_losses(spec, *columns)
@@ -176,8 +176,8 @@ def _eager_two_way_backward(spec: Spec, operands: Operands, saved: Saved, upstre
     of_cols = Slopes(*cast(Tensor, saved.col_slopes).unsqueeze(1)).times(scales[1])
     for rows, part in _parts(operands):
         of = reference.classes(spec, part)
-        gradient = reference.gradient(of, spec.temperatures, Slopes(*(of_row[rows] for of_row in of_rows)))
-        _write(grad, rows, gradient.add_(reference.gradient(of, spec.temperatures, of_cols)))
+        gradient = reference.gradient(of, spec.params, Slopes(*(of_row[rows] for of_row in of_rows)))
+        _write(grad, rows, gradient.add_(reference.gradient(of, spec.params, of_cols)))
     return grad
 
 

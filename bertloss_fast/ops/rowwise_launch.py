@@ -8,8 +8,8 @@ from typing import cast
 from torch import Tensor
 
 from ..kernels import combine, parts, rowwise
-from ..reference.rowwise import Saved, Spec, known_denominator
-from ..reference.sigmoid import Operands
+from ..reference.rowwise import Saved, known_denominator
+from ..reference.sigmoid import Operands, Spec
 from .operands import as_matrices
 
 
@@ -129,7 +129,7 @@ def _launch_sums(
         rows,
         cols,
         cut,
-        temperatures=spec.temperatures,
+        temperatures=spec.params,
         count=_count(spec),
         ignored=spec.ignored,
         compute_dtype=spec.compute_dtype,
@@ -144,7 +144,7 @@ def _launch_sums(
         saved.col_slopes,
         losses,
         counts,
-        temperatures=spec.temperatures,
+        temperatures=spec.params,
         count=_count(spec),
         reduced=spec.reduction != "none",
     )
@@ -172,7 +172,7 @@ def _launch_gradient(
         upstream,
         grad,
         parts.cut(operands.inputs.shape, columns=two_way, compute_dtype=spec.compute_dtype),
-        temperatures=spec.temperatures,
+        temperatures=spec.params,
         ignored=spec.ignored,
         written=written,
         compute_dtype=spec.compute_dtype,

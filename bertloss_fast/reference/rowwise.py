@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .sigmoid import Operands
+from .sigmoid import Operands, Spec, keep
 
 _FAR = 2.0**125  # 4e37: what is as far from 0 counts as infinite; six times as much is still finite in fp32
 _NEAR = 20.0  # exponents up to here need no reference point, and so no difference that rounds
-
-
-class Spec(NamedTuple):
-    """What a loss is, apart from its tensors."""
-
-    formula: str  # "zlpr" or "two_way"
-    temperatures: tuple[float, float]  # of negatives, of positives
-    reduction: str
-    ignored: float | None
-    compute_dtype: torch.dtype
-    loss_dtype: torch.dtype
 
 
 class Classes(NamedTuple):
@@ -43,15 +32,6 @@ class Sums(NamedTuple):
 
     top: Tensor
     total: Tensor
-
-
-def keep(spec: Spec, operands: Operands) -> Tensor | None:
-    """Which elements count; None for all."""
-    kept = operands.mask
-    if spec.ignored is not None and operands.targets is not None:
-        counts = operands.targets != spec.ignored
-        kept = counts if kept is None else kept & counts
-    return kept
 
 
 def _labels(operands: Operands) -> Tensor:
@@ -73,7 +53,7 @@ def classes(spec: Spec, operands: Operands) -> Classes:
     return Classes(tv, kept.to(spec.compute_dtype) - positive, positive, kept)
 
 
-def line_sums(of: Classes, temperatures: tuple[float, float], dim: int) -> tuple[Sums, Sums, Tensor]:
+def line_sums(of: Classes, temperatures: tuple[float, ...], dim: int) -> tuple[Sums, Sums, Tensor]:
     """Sums over negatives and positives of the lines along a dimension, which stays as 1; and the exponentials."""
     tv = of.tv.detach()
     negative_top = (tv - 2 * _FAR * of.positive).amax(dim, keepdim=True)  # below that of any member
@@ -93,7 +73,7 @@ def _shift(top: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _exponentials(
-    of: Classes, temperatures: tuple[float, float], negative_shift: Tensor, positive_shift: Tensor
+    of: Classes, temperatures: tuple[float, ...], negative_shift: Tensor, positive_shift: Tensor
 ) -> Tensor:
     """e^(v - shift / t) with the shift of the class that an element is of."""
     distance = of.tv - torch.lerp(negative_shift, positive_shift, of.positive)
@@ -110,7 +90,7 @@ def add_sums(one: Sums, other: Sums, temperature: float) -> Sums:
     return Sums(top, of_one + other.total * torch.exp((other.top - top) / temperature))
 
 
-def zlpr(negative: Sums, positive: Sums, temperatures: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+def zlpr(negative: Sums, positive: Sums, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each line, and its slopes in the two totals."""
     of_negative, negative_slope = _zero_bounded(negative)
     of_positive, positive_slope = _zero_bounded(positive)
@@ -126,7 +106,7 @@ def _zero_bounded(sums: Sums) -> tuple[Tensor, Tensor]:
     return torch.where(sums.top >= _FAR, torch.inf, loss), torch.where(above, 1.0, e) / (1 + rest)
 
 
-def two_way(negative: Sums, positive: Sums, temperatures: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+def two_way(negative: Sums, positive: Sums, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """As ``zlpr``; a line without one of the classes has no loss."""
     both = (negative.total != 0) & (positive.total != 0)
     negative_total = torch.where(both, negative.total, 1.0)
@@ -175,14 +155,14 @@ class Saved(NamedTuple):
 
 def line_losses(spec: Spec, negative: Sums, positive: Sums) -> tuple[Tensor, Slopes]:
     """The loss of each line, and its slopes."""
-    losses, negative_slope, positive_slope = FORMULAS[spec.formula](negative, positive, spec.temperatures)
-    negative_shift, negative_factor = _shift(negative.top, spec.temperatures[0])
-    positive_shift, positive_factor = _shift(positive.top, spec.temperatures[1])
+    losses, negative_slope, positive_slope = FORMULAS[spec.formula](negative, positive, spec.params)
+    negative_shift, negative_factor = _shift(negative.top, spec.params[0])
+    positive_shift, positive_factor = _shift(positive.top, spec.params[1])
     slopes = Slopes(negative_shift, negative_slope * negative_factor, positive_shift, positive_slope * positive_factor)
     return losses, slopes
 
 
-def gradient(of: Classes, temperatures: tuple[float, float], slopes: Slopes, e: Tensor | None = None) -> Tensor:
+def gradient(of: Classes, temperatures: tuple[float, ...], slopes: Slopes, e: Tensor | None = None) -> Tensor:
     """What lines of one direction add to the gradient; ``e`` are their exponentials, where they are known."""
     if e is None:
         e = _exponentials(of, temperatures, slopes.negative_shift, slopes.positive_shift)
@@ -199,8 +179,8 @@ def loss(spec: Spec, operands: Operands) -> Tensor:
     if spec.formula == "two_way":
         of = Classes(*(part if part is None else part.reshape(-1, inputs.shape[-1]) for part in of))  # type: ignore[arg-type]
         return (_two_way_mean(of, spec, 0) + _two_way_mean(of, spec, 1)).to(spec.loss_dtype)
-    negative, positive, _ = line_sums(of, spec.temperatures, -1)
-    losses = zlpr(negative, positive, spec.temperatures)[0].squeeze(-1)
+    negative, positive, _ = line_sums(of, spec.params, -1)
+    losses = zlpr(negative, positive, spec.params)[0].squeeze(-1)
     if operands.sample_weight is not None:
         losses = losses * operands.sample_weight.to(losses.dtype)
     if spec.reduction != "none":
@@ -210,8 +190,8 @@ def loss(spec: Spec, operands: Operands) -> Tensor:
 
 
 def _two_way_mean(of: Classes, spec: Spec, dim: int) -> Tensor:
-    negative, positive, _ = line_sums(of, spec.temperatures, dim)
-    losses = two_way(negative, positive, spec.temperatures)[0]
+    negative, positive, _ = line_sums(of, spec.params, dim)
+    losses = two_way(negative, positive, spec.params)[0]
     return losses.sum() / (positive.total != 0).sum().clamp_min(1)
 
 
