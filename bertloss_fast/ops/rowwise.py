@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..reference import rowwise as reference
-from ..reference.rowwise import Saved, Slopes, Sums
+from ..reference.rowwise import Classes, Saved, Slopes, Sums
 from ..reference.sigmoid import Operands, Spec
 from . import dispatch
 from .blocks import block_size
@@ -126,11 +126,13 @@ def _eager_zlpr_rows(spec: Spec, operands: Operands, scale: Tensor, grad: Tensor
         losses_of_rows, slopes = reference.line_losses(spec, negative, positive)
         losses[rows] = (losses_of_rows * scale[rows]).squeeze(1)
         if grad is not None:
-            _write(grad, rows, reference.gradient(of, spec.params, slopes.times(scale[rows]), e))
+            _write(grad, rows, of, reference.gradient(of, spec.params, slopes, e).mul_(scale[rows]))
     return losses
 
 
-def _write(grad: Tensor, rows: slice, values: Tensor) -> None:
+def _write(grad: Tensor, rows: slice, of: Classes, values: Tensor) -> None:
+    if of.kept is not None:
+        values.masked_fill_(~of.kept, 0)
     # What is written is not what autograd saved for a second use: its version stays.
     with _unsafe_preserve_version_counter(grad):
         grad.view(-1, grad.shape[-1])[rows] = values
@@ -165,19 +167,21 @@ def _eager_two_way(spec: Spec, operands: Operands, with_grad: bool) -> tuple[Ten
     of_rows = torch.stack(counts).sum().clamp_min(1)
     of_cols = (columns[1].total != 0).sum().clamp_min(1)
     loss = torch.stack(losses).sum() / of_rows + losses_of_cols.sum() / of_cols
-    denominators = torch.stack([of_rows, of_cols])
-    return loss.to(spec.loss_dtype), Saved(None, denominators, torch.cat(row_slopes).T, torch.cat(slopes))
+    of_both = torch.cat(row_slopes).T, torch.cat(slopes)
+    for slopes_of_lines, count in zip(of_both, (of_rows, of_cols), strict=True):
+        slopes_of_lines[1::2] /= count
+    return loss.to(spec.loss_dtype), Saved(None, None, *of_both)
 
 
 def _eager_two_way_backward(spec: Spec, operands: Operands, saved: Saved, upstream: Tensor) -> Tensor:
     grad = operands.inputs.new_empty(operands.inputs.shape)
-    scales = upstream.to(spec.compute_dtype) / cast(Tensor, saved.denominators)
-    of_rows = Slopes(*cast(Tensor, saved.row_slopes).unsqueeze(2)).times(scales[0])
-    of_cols = Slopes(*cast(Tensor, saved.col_slopes).unsqueeze(1)).times(scales[1])
+    of_rows = Slopes(*cast(Tensor, saved.row_slopes).unsqueeze(2))
+    of_cols = Slopes(*cast(Tensor, saved.col_slopes).unsqueeze(1))
     for rows, part in _parts(operands):
         of = reference.classes(spec, part)
-        gradient = reference.gradient(of, spec.params, Slopes(*(of_row[rows] for of_row in of_rows)))
-        _write(grad, rows, gradient.add_(reference.gradient(of, spec.params, of_cols)))
+        values = reference.gradient(of, spec.params, Slopes(*(of_row[rows] for of_row in of_rows)))
+        values += reference.gradient(of, spec.params, of_cols)
+        _write(grad, rows, of, values.mul_(upstream))
     return grad
 
 

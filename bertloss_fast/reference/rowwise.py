@@ -140,9 +140,6 @@ class Slopes(NamedTuple):
     positive_shift: Tensor
     positive: Tensor
 
-    def times(self, scale: Tensor) -> Slopes:
-        return self._replace(negative=self.negative * scale, positive=self.positive * scale)
-
 
 class Saved(NamedTuple):
     """What forward leaves for backward, beside the operands."""
@@ -166,8 +163,7 @@ def gradient(of: Classes, temperatures: tuple[float, ...], slopes: Slopes, e: Te
     """What lines of one direction add to the gradient; ``e`` are their exponentials, where they are known."""
     if e is None:
         e = _exponentials(of, temperatures, slopes.negative_shift, slopes.positive_shift)
-    result = e.mul_(torch.lerp(slopes.negative, -slopes.positive, of.positive))
-    return result if of.kept is None else result.masked_fill_(~of.kept, 0)
+    return e.mul_(torch.lerp(slopes.negative, -slopes.positive, of.positive))
 
 
 def loss(spec: Spec, operands: Operands) -> Tensor:
