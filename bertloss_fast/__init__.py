@@ -1,5 +1,6 @@
 """Fused classification losses for BERT-style heads."""
 
+from .collate import collate_labels
 from .functional import (
     asymmetric_loss,
     binary_cross_entropy_with_logits,
@@ -25,7 +26,7 @@ from .modules import (
     ZlprLoss,
 )
 from .ops.dispatch import set_backend
-from .targets import SparseLabels, collate_labels
+from .targets import SparseLabels
 
 __version__ = "0.1.0"
 

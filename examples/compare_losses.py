@@ -1,6 +1,6 @@
-"""Trains the demo's classifier for the same time with several losses and seeds, and draws how good each is.
+"""Trains the demo's classifier on the same texts with several losses and seeds, and draws how good each is.
 
-    python examples/compare_losses.py                                  a minute for each of twelve trainings
+    python examples/compare_losses.py                                  an epoch for each of fifteen trainings
     python examples/compare_losses.py --losses bce ghm --seeds 5       others
 
 Every training is judged on the whole test split. Each is written to --out (docs/losses.json) when it ends; the same
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     shown = f"some of {', '.join(demo.LOSSES)} (default {' '.join(DEFAULT_LOSSES)})"
     add("--losses", nargs="+", choices=demo.LOSSES, default=DEFAULT_LOSSES, metavar="NAME", help=shown)
     add("--seeds", type=demo.count, default=3, help="trainings of each loss, with seeds from 0 (default %(default)s)")
-    add("--minutes", type=demo.positive, default=1.0, help="of each training, without evaluation (default %(default)g)")
+    add("--epochs", type=demo.positive, default=1.0, help="of each training (default %(default)g)")
     add("--labels", type=demo.count, help="how many labels, the commonest first (default 1000)")
     add("--limit", type=demo.limit, help="use only so many of the 36,227 families of codes (default: all)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
@@ -44,7 +45,7 @@ def load_record(options: argparse.Namespace) -> dict[str, Any]:
     """What earlier runs of this command left, or a new record."""
     from experiment import OptionError
 
-    settings = {"minutes": options.minutes, "labels": options.labels, "limit": options.limit}
+    settings = {"epochs": options.epochs, "labels": options.labels, "limit": options.limit}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if not options.out.exists():
         return {"settings": settings, "runs": []}
@@ -76,7 +77,8 @@ def train_all(options: argparse.Namespace, record: dict[str, Any]) -> None:
         model = experiment.new_model(codes, train_targets, seed, device)
         model.autocast_dtype = precision
         run_options = demo.parse_options(demo.make_parser(), ["--loss", loss, "--seed", str(seed)])
-        history = train(model, train_ids, train_targets, run_options, 60 * options.minutes)
+        run_options.epochs = options.epochs
+        history = train(model, train_ids, train_targets, run_options, seconds=math.inf)
         if history.interrupted:
             print("Stopped; the finished trainings are kept.")
             return
@@ -135,7 +137,7 @@ def main() -> int:
         train_all(options, record)
         if found := spreads(options, record):
             picture = options.out.with_suffix(".png")
-            draw(picture, found, f"{options.minutes:g} min of training; mean, lowest and highest of the seeds")
+            draw(picture, found, f"Training of {options.epochs:g} epochs; mean, lowest and highest of the seeds")
             print(f"\n{table(found)}\n\nWritten to {options.out} and {picture}.")
 
     return demo.carry_out(parser, work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import doctest
 import io
 import pickle
 from collections.abc import Callable
@@ -20,8 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from bertloss_fast import targets
-from bertloss_fast.targets import SparseLabels, collate_labels
+from bertloss_fast import SparseLabels, collate_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -477,13 +475,6 @@ def test_a_default_device_does_not_move_lists() -> None:
         others = (labels[1:], SparseLabels.cat([labels, labels]), SparseLabels.from_dense(LABELS.to_dense()))
     for made, rows in zip((labels, *others), (ROWS, ROWS[1:], ROWS + ROWS, ROWS), strict=True):
         check(made, rows, L)
-
-
-@pytest.mark.parametrize("name", ["SparseLabels", "collate_labels"])
-def test_examples(name: str) -> None:
-    examples = doctest.DocTestFinder().find(getattr(targets, name), name, globs={})
-    assert any(test.examples for test in examples)
-    assert all(doctest.DocTestRunner().run(test).failed == 0 for test in examples)
 
 
 @pytest.mark.gpu
