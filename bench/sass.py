@@ -8,6 +8,7 @@ it, the masked copy of the loop for the last tile and the sums, runs once a prog
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -85,7 +86,7 @@ class Code(NamedTuple):
     instructions: list[Instruction]
     registers: int
     stack: int  # bytes
-    spills: int  # accesses to the stack; for AMD, registers moved to it or to another kind of register
+    spills: int  # accesses to the stack; for AMD, vector registers moved to it or to another kind of register
 
     def loops(self) -> list[list[Instruction]]:
         """The loops that read global memory, in the order of the code."""
@@ -134,8 +135,8 @@ def parse_amdgcn(text: str) -> Code:
         for opcode, operands in lines
     ]
     notes = {name: int(number) for name, number in re.findall(r"^ +\.(\w+): +(\d+)$", text, re.MULTILINE)}
-    spills = notes["sgpr_spill_count"] + notes["vgpr_spill_count"]
-    return Code(instructions, notes["vgpr_count"], notes["private_segment_fixed_size"], spills)
+    # What scalar registers spill lies in lanes of a vector register: instructions, and no memory.
+    return Code(instructions, notes["vgpr_count"], notes["private_segment_fixed_size"], notes["vgpr_spill_count"])
 
 
 def machine_code(kernel: CompiledKernel) -> Code:
@@ -219,6 +220,9 @@ class Report(NamedTuple):
     exchanges: int  # shared memory, shuffles and barriers
 
 
+_TILE_SIZES = {"BLOCK", "ROWS", "BLOCK_N", "BLOCK_L", "PARTS", "LINES"}
+
+
 def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
     code = machine_code(kernel)
     loops = code.loops()
@@ -226,8 +230,9 @@ def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
     body = loops[0] if loops else []
     searches = inner_loops(body)
     way = shortest_way(body) if searches else body
-    block = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
-    elements = block // (kernel.metadata.num_warps * ARCHS[arch].warp_size)
+    names = kernel.src.fn.arg_names
+    tile = math.prod(size for path, size in kernel.src.constants.items() if names[path[0]] in _TILE_SIZES)
+    elements = tile // (kernel.metadata.num_warps * ARCHS[arch].warp_size)
     return Report(
         arch,
         variant,

@@ -5,11 +5,11 @@ Triton would make use.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from bertloss_fast.kernels import combine, parts, passes, rowwise
 from bertloss_fast.kernels.formulas import Values
-from bertloss_fast.kernels.passes import sum_launcher
 from bertloss_fast.kernels.sigmoid import sigmoid_launcher
 from torch import Tensor
 
@@ -60,15 +60,11 @@ class Sigmoid(NamedTuple):
             factors.append(_empty(self.rows, dtype=self.compute_dtype)[:, None].expand(shape))
         if not reduced:
             factors.append(upstream)
-        if self.targets == "sparse":
-            targets = _empty(self.rows + 1, dtype=torch.int64), _empty(5 * self.rows, dtype=torch.int32)
-        else:
-            targets = _empty(shape, dtype=self.targets)
         sigmoid_launcher(
             self.formula,
             self.params,
             _empty(self.rows, self.row_stride or self.num_labels, dtype=self.inputs)[:, : self.num_labels],
-            targets,
+            _targets(self.targets, *shape),
             self._operand(self.alpha) if isinstance(self.alpha, str) else self.alpha,
             self._operand(self.pos_weight),
             tuple(factor for factor in factors if factor is not None),
@@ -99,13 +95,116 @@ class Sigmoid(NamedTuple):
         return _empty(sizes[shape], dtype=self.compute_dtype).expand(sizes["[N, L]"])
 
 
-class Sum(NamedTuple):
-    """The second stage of a reduced loss, over as many partial sums as there can be."""
+class Pass(NamedTuple):
+    """A pass before a loss, or the sum after it."""
 
-    total: torch.dtype = torch.float32
+    kind: str  # "count", "positives", "row sums", "histogram" or "sum"
+    inputs: torch.dtype = torch.bfloat16
+    targets: torch.dtype | str = torch.uint8
+    mask: bool = False
+    ignored: float | None = None
+    smoothing: float = 0.0
 
     def launch(self) -> None:
-        sum_launcher(_empty(8192), _empty((), dtype=self.total))
+        targets = _targets(self.targets, 63, 20001)
+        mask = _empty(63, 20001, dtype=torch.bool) if self.mask else None
+        dtype = torch.float64 if self.inputs == torch.float64 else torch.float32
+        options: dict[str, Any] = {"ignored": self.ignored, "compute_dtype": dtype}
+        if self.kind == "sum":
+            passes.sum_launcher(_empty(8192), _empty((), dtype=self.inputs))
+        elif self.kind == "row sums":
+            passes.row_sum_launcher(targets, _empty(20001, dtype=dtype), mask, _empty(63, dtype=dtype), **options)
+        elif self.kind == "histogram":
+            counts, inputs = _empty(8, 30, dtype=torch.int32), _empty(63, 20001, dtype=self.inputs)
+            passes.histogram_launcher(inputs, targets, mask, counts, bins=30, smoothing=self.smoothing, **options)
+        else:
+            dense = targets if isinstance(targets, Tensor) else None
+            positives = self.kind == "positives"
+            passes.count_launcher(dense, mask, _empty(8, dtype=dtype), positives=positives, **options)
+
+
+class Lines(NamedTuple):
+    """A launch of ZLPR or two-way."""
+
+    kind: str  # "zlpr" of rows that fit a tile; "partials", "combine" and "gradient" of those in parts; "total"
+    inputs: torch.dtype = torch.bfloat16
+    targets: torch.dtype | str = torch.uint8
+    mask: bool = False
+    two_way: bool = False
+    step: str = "forward"  # of "zlpr": "loss" and "none" write no gradient, "backward" nothing else
+    rows: int = 63
+    num_labels: int = 1001
+
+    def launch(self) -> None:
+        dtype = torch.float64 if self.inputs == torch.float64 else torch.float32
+        empty = partial(_empty, dtype=dtype)
+        shape = self.rows, self.num_labels
+        inputs, grad = _empty(shape, dtype=self.inputs), _empty(shape, dtype=self.inputs)
+        matrices = inputs, _targets(self.targets, *shape), _empty(shape, dtype=torch.bool) if self.mask else None
+        cut = parts.cut(shape, columns=self.two_way, compute_dtype=dtype)
+        row_sums = empty(5, cut.strips, self.rows)
+        col_sums = empty(4, cut.chunks, self.num_labels) if self.two_way else None
+        row_slopes, col_slopes = empty(4, self.rows), empty(4, self.num_labels) if self.two_way else None
+        temperatures = (1.0, 4.0) if self.two_way else (1.0, 1.0)
+        count = "any" if self.two_way else "elements"
+        counts = empty(8) if self.two_way else None
+        options: dict[str, Any] = {"ignored": None, "compute_dtype": dtype}
+        if self.kind == "zlpr":
+            backward = self.step == "backward"
+            rowwise.zlpr_launcher(
+                *matrices,
+                (),
+                self.rows,
+                empty(()) if backward else None,
+                None if backward else empty(self.rows),
+                None,
+                grad if self.step in ("forward", "backward") else None,
+                reduced=self.step in ("forward", "loss"),
+                count=count,
+                written=backward,
+                **options,
+            )
+        elif self.kind == "partials":
+            parts.partials_launcher(
+                *matrices, row_sums, col_sums, cut, temperatures=temperatures, count=count, **options
+            )
+        elif self.kind == "gradient":
+            parts.gradient_launcher(
+                *matrices,
+                row_slopes,
+                col_slopes,
+                empty(2) if self.two_way else None,
+                (),
+                empty(()),
+                grad,
+                cut,
+                temperatures=temperatures,
+                written=False,
+                **options,
+            )
+        elif self.kind == "combine":
+            combine.combine_launcher(
+                "two_way" if self.two_way else "zlpr",
+                row_sums,
+                col_sums,
+                (),
+                None if self.two_way else self.rows,
+                row_slopes,
+                col_slopes,
+                empty(8),
+                counts,
+                temperatures=temperatures,
+                count=count,
+                reduced=True,
+            )
+        else:
+            combine.total_launcher(empty(8), counts, empty(()), empty(2) if self.two_way else None, 4)
+
+
+def _targets(kind: torch.dtype | str, rows: int, num_labels: int) -> Tensor | tuple[Tensor, Tensor]:
+    if isinstance(kind, torch.dtype):
+        return _empty(rows, num_labels, dtype=kind)
+    return _empty(rows + 1, dtype=torch.int64), _empty(5 * rows, dtype=torch.int32)
 
 
 _FOCAL_2 = Sigmoid("focal", (2,))
@@ -113,7 +212,7 @@ _ASL = Sigmoid("asymmetric", (4.0, 1.0, 0.05, False))
 _DB = Sigmoid("balanced", (2.0, 2.0, 2.0, 0.1, 10.0, 0.2))
 _GHM = Sigmoid("ghm", (30,))
 
-VARIANTS: dict[str, Sigmoid | Sum] = {
+SIGMOID: dict[str, Sigmoid] = {
     "bce": Sigmoid("bce"),
     "focal 0": Sigmoid("focal", (0,)),
     "focal 1": Sigmoid("focal", (1,)),
@@ -178,6 +277,64 @@ VARIANTS: dict[str, Sigmoid | Sum] = {
     "asymmetric sparse": _ASL._replace(targets="sparse"),
     "balanced sparse": _DB._replace(targets="sparse"),
     "ghm sparse": _GHM._replace(targets="sparse"),
-    "sum": Sum(),
-    "sum bf16": Sum(torch.bfloat16),
 }
+
+_ZLPR, _TWO_WAY = Lines("zlpr"), Lines("partials", two_way=True, num_labels=2001)
+
+LINES: dict[str, Lines] = {
+    "zlpr": _ZLPR,
+    "zlpr fp32": _ZLPR._replace(inputs=torch.float32),
+    "zlpr fp64": _ZLPR._replace(inputs=torch.float64),
+    "zlpr float targets": _ZLPR._replace(targets=torch.float32),
+    "zlpr mask": _ZLPR._replace(mask=True),
+    "zlpr loss": _ZLPR._replace(step="loss"),
+    "zlpr none": _ZLPR._replace(step="none"),
+    "zlpr backward": _ZLPR._replace(step="backward"),
+    "zlpr sparse": _ZLPR._replace(targets="sparse"),
+    "zlpr 1024": _ZLPR._replace(num_labels=1024),
+    "zlpr 100": _ZLPR._replace(num_labels=100),
+    "zlpr 100 sparse": _ZLPR._replace(num_labels=100, targets="sparse"),
+    "zlpr 16001": _ZLPR._replace(num_labels=16001),
+    "zlpr 16001 fp32": _ZLPR._replace(num_labels=16001, inputs=torch.float32),
+    "zlpr partials": Lines("partials", num_labels=20001),
+    "zlpr partials sparse": Lines("partials", num_labels=20001, targets="sparse"),
+    "zlpr partials 20480": Lines("partials", num_labels=20480),
+    "zlpr gradient": Lines("gradient", num_labels=20001),
+    "zlpr gradient sparse": Lines("gradient", num_labels=20001, targets="sparse"),
+    "zlpr gradient 20480": Lines("gradient", num_labels=20480),
+    "zlpr combine": Lines("combine", num_labels=20001),
+    "zlpr total": Lines("total"),
+    "two-way partials": _TWO_WAY,
+    "two-way partials fp32": _TWO_WAY._replace(inputs=torch.float32),
+    "two-way partials fp64": _TWO_WAY._replace(inputs=torch.float64),
+    "two-way partials mask": _TWO_WAY._replace(mask=True),
+    "two-way partials sparse": _TWO_WAY._replace(targets="sparse"),
+    "two-way partials 2048": _TWO_WAY._replace(num_labels=2048),
+    "two-way gradient": _TWO_WAY._replace(kind="gradient"),
+    "two-way gradient fp32": _TWO_WAY._replace(kind="gradient", inputs=torch.float32),
+    "two-way gradient fp64": _TWO_WAY._replace(kind="gradient", inputs=torch.float64),
+    "two-way gradient mask": _TWO_WAY._replace(kind="gradient", mask=True),
+    "two-way gradient sparse": _TWO_WAY._replace(kind="gradient", targets="sparse"),
+    "two-way gradient 2048": _TWO_WAY._replace(kind="gradient", num_labels=2048),
+    "two-way combine": _TWO_WAY._replace(kind="combine"),
+    "two-way total": _TWO_WAY._replace(kind="total"),
+}
+
+PASSES: dict[str, Pass] = {
+    "count": Pass("count", targets=torch.int8, ignored=-100),
+    "count mask": Pass("count", targets="sparse", mask=True),
+    "positives": Pass("positives"),
+    "positives float": Pass("positives", targets=torch.float32),
+    "positives mask": Pass("positives", mask=True),
+    "row sums": Pass("row sums"),
+    "row sums sparse": Pass("row sums", targets="sparse"),
+    "histogram": Pass("histogram"),
+    "histogram fp32": Pass("histogram", inputs=torch.float32),
+    "histogram soft": Pass("histogram", targets=torch.float32),
+    "histogram smoothing": Pass("histogram", smoothing=0.1),
+    "histogram sparse": Pass("histogram", targets="sparse"),
+    "sum": Pass("sum", inputs=torch.float32),
+    "sum bf16": Pass("sum"),
+}
+
+VARIANTS: dict[str, Sigmoid | Lines | Pass] = {**SIGMOID, **LINES, **PASSES}
