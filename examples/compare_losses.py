@@ -118,9 +118,9 @@ def draw(path: Path, found: dict[str, np.ndarray], title: str) -> None:
     for column, third in list(enumerate(COLUMNS.values()))[2:]:
         mean, low, high = np.array([columns[:, column] for columns in found.values()]).T
         where = np.arange(len(found)) + 0.27 * (column - 3)
-        axes.bar(where, mean, 0.25, yerr=(mean - low, high - mean), capsize=3, label=third, zorder=2)
+        axes.errorbar(where, mean, (mean - low, high - mean), fmt="o", capsize=4, label=third)
     axes.set_xticks(range(len(found)), [demo.LOSSES[loss].replace(" ", "\n") for loss in found])
-    axes.set(title=title, ylabel="macro-F1 on the test split", ylim=(0, 1))
+    axes.set(title=title, ylabel="macro-F1 on the test split")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside right upper", title="thirds of the labels")
@@ -137,7 +137,7 @@ def main() -> int:
         train_all(options, record)
         if found := spreads(options, record):
             picture = options.out.with_suffix(".png")
-            draw(picture, found, f"Training of {options.epochs:g} epochs; mean, lowest and highest of the seeds")
+            draw(picture, found, f"Epochs of training: {options.epochs:g}. Mean, lowest and highest of {options.seeds} seeds")
             print(f"\n{table(found)}\n\nWritten to {options.out} and {picture}.")
 
     return demo.carry_out(parser, work)

@@ -195,7 +195,7 @@ def test_repetition_second_backward_and_sparse_twins(loss: str, backend: str, de
     x = logits(33, 101, device=device, dtype=torch.float32)
     y = uniform(33, 101, device=device) < 0.1
     runs = [value_and_grad(function(x, y, backend=backend, **options), x) for _ in range(3)]
-    if backend == "eager":
+    if backend == "eager" or device.type == "cpu":  # compiled, the two may add in another order
         runs.append(value_and_grad(function(x, bf.SparseLabels.from_dense(y), backend=backend, **options), x))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
     value = function(x, y, backend=backend, **options)
