@@ -5,12 +5,14 @@ Triton would make use.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from bertloss_fast.kernels import combine, parts, passes, rowwise
+from bertloss_fast.kernels.elements import Matrices
 from bertloss_fast.kernels.formulas import Values
 from bertloss_fast.kernels.sigmoid import sigmoid_launcher
+from bertloss_fast.kernels.upstream import Upstream
 from torch import Tensor
 
 _empty = partial(torch.empty, device="meta")
@@ -40,45 +42,46 @@ class Sigmoid(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.inputs == torch.float64 else torch.float32
+        return _compute_dtype(self.inputs)
 
     def launch(self) -> None:
         shape = self.rows, self.num_labels
         reduced = not self.step.endswith("none")
-        loss: Tensor | None = None
-        upstream: Tensor | None = None
-        grad: Tensor | None = _empty(shape, dtype=self.inputs)
-        if self.step.startswith("backward"):
-            upstream = _empty((), dtype=self.compute_dtype) if reduced else _empty(shape, dtype=self.inputs)
-        elif self.step == "none":
-            loss, grad = grad, None
-        else:
+        loss = grad = None
+        if self.step == "none":
+            loss = _empty(shape, dtype=self.inputs)
+        elif self.step in ("forward", "loss"):
             loss = _empty(8, dtype=self.compute_dtype)
-            grad = None if self.step == "loss" else grad
+        if self.step not in ("none", "loss"):
+            grad = _empty(shape, dtype=self.inputs)
+        # Backward also has what the gradient is written for, and where to leave what came.
+        scalars = {"forward": 2, "backward": 3, "backward again": 1}.get(self.step, 0)
         factors = [self._operand(self.weight)]
         if self.sample_weight:
             factors.append(_empty(self.rows, dtype=self.compute_dtype)[:, None].expand(shape))
-        if not reduced:
-            factors.append(upstream)
+        if self.step == "backward none":
+            factors.append(_empty(shape, dtype=self.inputs))
         sigmoid_launcher(
             self.formula,
             self.params,
-            _empty(self.rows, self.row_stride or self.num_labels, dtype=self.inputs)[:, : self.num_labels],
-            _targets(self.targets, *shape),
+            Matrices(
+                _empty(self.rows, self.row_stride or self.num_labels, dtype=self.inputs)[:, : self.num_labels],
+                _targets(self.targets, *shape),
+                _empty(shape, dtype=torch.bool) if self.mask else None,
+                self.ignored,
+                self.compute_dtype,
+            ),
             self._operand(self.alpha) if isinstance(self.alpha, str) else self.alpha,
             self._operand(self.pos_weight),
             tuple(factor for factor in factors if factor is not None),
-            _empty(shape, dtype=torch.bool) if self.mask else None,
             self._values(),
             _empty((), dtype=self.compute_dtype) if self.counted else self.rows * self.num_labels,
-            upstream if reduced else None,
+            Upstream(*[_empty((), dtype=self.compute_dtype)] * scalars),
             loss,
             grad,
             smoothing=self.smoothing,
-            ignored=self.ignored,
             reduced=reduced,
             written=self.step == "backward",
-            compute_dtype=self.compute_dtype,
         )
 
     def _values(self) -> Values:
@@ -104,23 +107,27 @@ class Pass(NamedTuple):
     mask: bool = False
     ignored: float | None = None
     smoothing: float = 0.0
+    denominator: int | None = None
 
     def launch(self) -> None:
-        targets = _targets(self.targets, 63, 20001)
-        mask = _empty(63, 20001, dtype=torch.bool) if self.mask else None
-        dtype = torch.float64 if self.inputs == torch.float64 else torch.float32
-        options: dict[str, Any] = {"ignored": self.ignored, "compute_dtype": dtype}
+        shape = rows, num_labels = 63, 20001
+        dtype = _compute_dtype(self.inputs)
+        matrices = Matrices(
+            _empty(shape, dtype=self.inputs),
+            _targets(self.targets, *shape),
+            _empty(shape, dtype=torch.bool) if self.mask else None,
+            self.ignored,
+            dtype,
+        )
         if self.kind == "sum":
-            passes.sum_launcher(_empty(8192), _empty((), dtype=self.inputs))
+            passes.sum_launcher(_empty(8192), _empty((), dtype=self.inputs), denominator=self.denominator)
         elif self.kind == "row sums":
-            passes.row_sum_launcher(targets, _empty(20001, dtype=dtype), mask, _empty(63, dtype=dtype), **options)
+            passes.row_sum_launcher(matrices, _empty(num_labels, dtype=dtype), _empty(rows, dtype=dtype))
         elif self.kind == "histogram":
-            counts, inputs = _empty(8, 30, dtype=torch.int32), _empty(63, 20001, dtype=self.inputs)
-            passes.histogram_launcher(inputs, targets, mask, counts, bins=30, smoothing=self.smoothing, **options)
+            counts = _empty(8, 30, dtype=torch.int32)
+            passes.histogram_launcher(matrices, counts, bins=30, smoothing=self.smoothing)
         else:
-            dense = targets if isinstance(targets, Tensor) else None
-            positives = self.kind == "positives"
-            passes.count_launcher(dense, mask, _empty(8, dtype=dtype), positives=positives, **options)
+            passes.count_launcher(matrices, shape, _empty(8, dtype=dtype), positives=self.kind == "positives")
 
 
 class Lines(NamedTuple):
@@ -130,67 +137,62 @@ class Lines(NamedTuple):
     inputs: torch.dtype = torch.bfloat16
     targets: torch.dtype | str = torch.uint8
     mask: bool = False
+    ignored: float | None = None
     two_way: bool = False
+    count: str | None = None  # what is counted for the denominator, where it is
     step: str = "forward"  # of "zlpr": "loss" and "none" write no gradient, "backward" nothing else
     rows: int = 63
     num_labels: int = 1001
 
     def launch(self) -> None:
-        dtype = torch.float64 if self.inputs == torch.float64 else torch.float32
-        empty = partial(_empty, dtype=dtype)
         shape = self.rows, self.num_labels
-        inputs, grad = _empty(shape, dtype=self.inputs), _empty(shape, dtype=self.inputs)
-        matrices = inputs, _targets(self.targets, *shape), _empty(shape, dtype=torch.bool) if self.mask else None
+        dtype = _compute_dtype(self.inputs)
+        empty = partial(_empty, dtype=dtype)
+        matrices = Matrices(
+            _empty(shape, dtype=self.inputs),
+            _targets(self.targets, *shape),
+            _empty(shape, dtype=torch.bool) if self.mask else None,
+            self.ignored,
+            dtype,
+        )
+        grad = _empty(shape, dtype=self.inputs)
         cut = parts.cut(shape, columns=self.two_way, compute_dtype=dtype)
-        row_sums = empty(5, cut.strips, self.rows)
-        col_sums = empty(4, cut.chunks, self.num_labels) if self.two_way else None
-        row_slopes, col_slopes = empty(4, self.rows), empty(4, self.num_labels) if self.two_way else None
+        sums = empty(5, cut.strips, self.rows), empty(4, cut.chunks, self.num_labels) if self.two_way else None
+        slopes = empty(4, self.rows), empty(4, self.num_labels) if self.two_way else None
         temperatures = (1.0, 4.0) if self.two_way else (1.0, 1.0)
-        count = "any" if self.two_way else "elements"
-        counts = empty(8) if self.two_way else None
-        options: dict[str, Any] = {"ignored": None, "compute_dtype": dtype}
+        count = "any" if self.two_way else self.count or "elements"
+        counts = empty(8) if self.two_way or self.count else None
+        denominator = None if self.two_way or self.count else self.rows
         if self.kind == "zlpr":
-            backward = self.step == "backward"
+            backward, none = self.step == "backward", self.step == "none"
             rowwise.zlpr_launcher(
-                *matrices,
+                matrices,
                 (),
-                self.rows,
-                empty(()) if backward else None,
+                denominator,
+                Upstream(empty(()), empty(())) if self.step in ("forward", "backward") else Upstream(),
                 None if backward else empty(self.rows),
-                None,
+                counts,
                 grad if self.step in ("forward", "backward") else None,
-                reduced=self.step in ("forward", "loss"),
+                reduced=not none,
                 count=count,
                 written=backward,
-                **options,
             )
         elif self.kind == "partials":
-            parts.partials_launcher(
-                *matrices, row_sums, col_sums, cut, temperatures=temperatures, count=count, **options
-            )
+            parts.partials_launcher(matrices, *sums, cut, temperatures=temperatures, count=count)
         elif self.kind == "gradient":
+            denominators = empty(2) if self.two_way else None
+            upstream = Upstream(empty(()))
             parts.gradient_launcher(
-                *matrices,
-                row_slopes,
-                col_slopes,
-                empty(2) if self.two_way else None,
-                (),
-                empty(()),
-                grad,
-                cut,
-                temperatures=temperatures,
-                written=False,
-                **options,
+                matrices, *slopes, denominators, (), upstream, grad, cut, temperatures=temperatures, written=False
             )
         elif self.kind == "combine":
+            formula = "two_way" if self.two_way else "zlpr"
             combine.combine_launcher(
-                "two_way" if self.two_way else "zlpr",
-                row_sums,
-                col_sums,
+                formula,
+                *sums,
                 (),
-                None if self.two_way else self.rows,
-                row_slopes,
-                col_slopes,
+                denominator,
+                *slopes,
                 empty(8),
                 counts,
                 temperatures=temperatures,
@@ -199,6 +201,10 @@ class Lines(NamedTuple):
             )
         else:
             combine.total_launcher(empty(8), counts, empty(()), empty(2) if self.two_way else None, 4)
+
+
+def _compute_dtype(inputs: torch.dtype) -> torch.dtype:
+    return torch.float64 if inputs == torch.float64 else torch.float32
 
 
 def _targets(kind: torch.dtype | str, rows: int, num_labels: int) -> Tensor | tuple[Tensor, Tensor]:
@@ -235,6 +241,7 @@ SIGMOID: dict[str, Sigmoid] = {
     "focal 3.7 soft pos_weight": Sigmoid("focal", (3.7,), targets=torch.float32, pos_weight="[L]", num_labels=1000),
     "focal 2 fp32 soft": _FOCAL_2._replace(inputs=torch.float32, targets=torch.float32),
     # what a launch reads and writes
+    "focal 2 alpha backward": _FOCAL_2._replace(alpha=0.25, step="backward"),
     "focal 2 loss": _FOCAL_2._replace(step="loss"),
     "focal 2 none": _FOCAL_2._replace(step="none"),
     "focal 2 backward": _FOCAL_2._replace(step="backward"),
@@ -290,6 +297,10 @@ LINES: dict[str, Lines] = {
     "zlpr loss": _ZLPR._replace(step="loss"),
     "zlpr none": _ZLPR._replace(step="none"),
     "zlpr backward": _ZLPR._replace(step="backward"),
+    "zlpr ignored": _ZLPR._replace(targets=torch.int8, ignored=-100),
+    "zlpr counted": _ZLPR._replace(count="elements", mask=True, step="loss"),
+    "zlpr counted positives": _ZLPR._replace(count="positives", step="loss"),
+    "zlpr wide": _ZLPR._replace(rows=2**31 // 1001 + 2),
     "zlpr sparse": _ZLPR._replace(targets="sparse"),
     "zlpr 1024": _ZLPR._replace(num_labels=1024),
     "zlpr 100": _ZLPR._replace(num_labels=100),
@@ -297,6 +308,7 @@ LINES: dict[str, Lines] = {
     "zlpr 16001": _ZLPR._replace(num_labels=16001),
     "zlpr 16001 fp32": _ZLPR._replace(num_labels=16001, inputs=torch.float32),
     "zlpr partials": Lines("partials", num_labels=20001),
+    "zlpr partials positives": Lines("partials", num_labels=20001, count="positives"),
     "zlpr partials sparse": Lines("partials", num_labels=20001, targets="sparse"),
     "zlpr partials 20480": Lines("partials", num_labels=20480),
     "zlpr gradient": Lines("gradient", num_labels=20001),
@@ -309,12 +321,14 @@ LINES: dict[str, Lines] = {
     "two-way partials fp64": _TWO_WAY._replace(inputs=torch.float64),
     "two-way partials mask": _TWO_WAY._replace(mask=True),
     "two-way partials sparse": _TWO_WAY._replace(targets="sparse"),
+    "two-way partials wide": _TWO_WAY._replace(rows=2**31 // 2001 + 2),
     "two-way partials 2048": _TWO_WAY._replace(num_labels=2048),
     "two-way gradient": _TWO_WAY._replace(kind="gradient"),
     "two-way gradient fp32": _TWO_WAY._replace(kind="gradient", inputs=torch.float32),
     "two-way gradient fp64": _TWO_WAY._replace(kind="gradient", inputs=torch.float64),
     "two-way gradient mask": _TWO_WAY._replace(kind="gradient", mask=True),
     "two-way gradient sparse": _TWO_WAY._replace(kind="gradient", targets="sparse"),
+    "two-way gradient wide": _TWO_WAY._replace(kind="gradient", rows=2**31 // 2001 + 2),
     "two-way gradient 2048": _TWO_WAY._replace(kind="gradient", num_labels=2048),
     "two-way combine": _TWO_WAY._replace(kind="combine"),
     "two-way total": _TWO_WAY._replace(kind="total"),
@@ -334,7 +348,7 @@ PASSES: dict[str, Pass] = {
     "histogram smoothing": Pass("histogram", smoothing=0.1),
     "histogram sparse": Pass("histogram", targets="sparse"),
     "sum": Pass("sum", inputs=torch.float32),
-    "sum bf16": Pass("sum"),
+    "sum bf16": Pass("sum", denominator=63),
 }
 
 VARIANTS: dict[str, Sigmoid | Lines | Pass] = {**SIGMOID, **LINES, **PASSES}

@@ -26,6 +26,7 @@ from .modules import (
     ZlprLoss,
 )
 from .ops.dispatch import set_backend
+from .ops.upstream import UpstreamMemory
 from .targets import SparseLabels
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SparseLabels",
     "TwoWayLoss",
+    "UpstreamMemory",
     "ZlprLoss",
     "asymmetric_loss",
     "binary_cross_entropy_with_logits",

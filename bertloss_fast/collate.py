@@ -37,6 +37,8 @@ def collate_labels(
 
 
 def _collate(batch: list[Any], num_labels: int, key: Any, collate: Callable[[list[Any]], Any]) -> Any:
+    if not batch:
+        raise ValueError("batch: expected at least one item, got none")
     first = batch[0]
     if not isinstance(first, Mapping | tuple | list):
         raise TypeError(f"batch: expected dicts, tuples or lists, got {type(first).__name__}")

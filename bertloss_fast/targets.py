@@ -54,6 +54,8 @@ class SparseLabels:
     def from_lists(cls, labels: Iterable[Any], num_labels: int) -> SparseLabels:
         """From the labels of each row: a list, tuple, set, 1-D array or 1-D tensor of integers."""
         num_labels = _check_integer("num_labels", num_labels, 0)
+        if not isinstance(labels, Iterable):
+            raise TypeError(f"labels: expected lists of integers, one a row, got {type(labels).__name__}")
         rows = [row.tolist() if isinstance(row, np.ndarray | Tensor) else row for row in labels]
         flat = torch.from_numpy(np.array(_flatten_lists(rows, num_labels), np.int64))
         counts = torch.from_numpy(np.fromiter(map(len, rows), np.int64, len(rows)))
@@ -128,14 +130,16 @@ class SparseLabels:
         return cls.from_csr(crow_indices, col_indices, targets.shape[1])
 
     @classmethod
-    def cat(cls, parts: Sequence[SparseLabels]) -> SparseLabels:
+    def cat(cls, parts: Iterable[SparseLabels]) -> SparseLabels:
         """The rows of all parts, which have one number of labels and one device. Nothing waits."""
+        parts = list(parts)
         if not parts:
             raise ValueError("parts: expected at least one SparseLabels, got none")
-        offsets, total = [parts[0].crow_indices[:1]], 0
         for part in parts:
             if not isinstance(part, SparseLabels):
                 raise TypeError(f"parts: expected SparseLabels, got {type(part).__name__}")
+        offsets, total = [parts[0].crow_indices[:1]], 0
+        for part in parts:
             for name in ("num_labels", "device"):
                 wanted, got = getattr(parts[0], name), getattr(part, name)
                 if got != wanted:
@@ -165,8 +169,11 @@ class SparseLabels:
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> SparseLabels:
         """The rows of a slice, of a mask ``[N]`` or of a vector of row numbers. On a GPU this waits for the device."""
-        index = list(range(len(self))[rows]) if isinstance(rows, slice) else rows
-        picked = torch.arange(len(self), device=self.device)[index]
+        if isinstance(rows, slice):
+            wanted = range(len(self))[rows]
+            picked = wanted.start + wanted.step * torch.arange(len(wanted), device=self.device)
+        else:
+            picked = torch.arange(len(self), device=self.device)[rows]
         if picked.dim() != 1:
             raise TypeError(f"rows: expected a slice, a mask or a vector (i : i + 1 takes row i), got {rows!r}")
         counts = self.crow_indices.diff()[picked]

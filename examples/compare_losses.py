@@ -137,7 +137,8 @@ def main() -> int:
         train_all(options, record)
         if found := spreads(options, record):
             picture = options.out.with_suffix(".png")
-            draw(picture, found, f"Epochs of training: {options.epochs:g}. Mean, lowest and highest of {options.seeds} seeds")
+            title = f"Epochs of training: {options.epochs:g}. Mean, lowest and highest of {options.seeds} seeds"
+            draw(picture, found, title)
             print(f"\n{table(found)}\n\nWritten to {options.out} and {picture}.")
 
     return demo.carry_out(parser, work)

@@ -1,13 +1,14 @@
 """From the sums of the parts of lines to the loss, and to what the gradient needs of each line."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import store_rounded
+from .elements import triton_dtype
 from .launch import launch_scope
-from .lines import ABSENT, Sums, add, add_parts, line_count, row_factor, scale_of, store_sums, two_way, zlpr
+from .lines import ABSENT, Sums, add, add_parts, line_count, row_factor, store_sums, two_way, zlpr
+from .upstream import inverse
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _combine(
     negative = Sums(tl.full([LINES], ABSENT, DTYPE), tl.zeros([LINES], DTYPE))
     positive = negative
     num_positive = tl.zeros([LINES], DTYPE)
-    size = parts * lines
+    size = tl.cast(parts, tl.int64) * lines
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         pointer = sums_ptr + part * lines + line[None, :]
@@ -73,7 +74,7 @@ def _combine_kernel(
     of_rows = tl.cdiv(num_rows, LINES)
     line = pid * LINES + tl.arange(0, LINES)
     if cols_ptr is None or pid < of_rows:
-        factor = row_factor(factors, line, line < num_rows, DTYPE) * scale_of(denominator, None, DTYPE)
+        factor = row_factor(factors, line, line < num_rows, DTYPE) * inverse(denominator, DTYPE)
         loss, count = _combine(
             rows_ptr, row_slopes_ptr, row_parts, num_rows, line, factor, DTYPE, FORMULA, T, COUNT, PARTS, LINES
         )
@@ -161,7 +162,7 @@ def combine_launcher(
             counts,
             *of_rows,
             *of_cols,
-            DTYPE=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+            DTYPE=triton_dtype(rows.dtype),
             FORMULA=FORMULAS[formula],
             T=temperatures,
             COUNT=count,

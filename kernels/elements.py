@@ -3,6 +3,7 @@
 An [N, L] matrix is cut into tiles of consecutive elements, which programs take in turn.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .operands import Matrix, Place, extent, load, matrix
 
 
 class Operands(NamedTuple):
-    """What tells a tile's logits and labels; those of a loss have more."""
+    """What tells a tile's logits and labels."""
 
     inputs: Matrix | None
     targets: Matrix | Sparse | None
@@ -25,7 +26,7 @@ class Operands(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What is compiled into the kernels that read them; a loss compiles in more."""
+    """What is compiled into the kernels that read them."""
 
     smoothing: float
     ignored: float | None  # the target of an element that does not count
@@ -37,32 +38,45 @@ class Launch(NamedTuple):
     dtype: tl.dtype
 
 
+class Matrices(NamedTuple):
+    """What launchers take: [N, L] matrices of any strides."""
+
+    inputs: Tensor | None
+    targets: Tensor | tuple[Tensor, Tensor] | None  # sparse ones as (crow, col) indices
+    mask: Tensor | None
+    ignored: float | None  # the target of an element that does not count
+    compute_dtype: torch.dtype
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Of a computation."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def prepare(
-    inputs: Tensor | None,
-    targets: Tensor | tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
+    matrices: Matrices,
     shape: tuple[int, int],
     block: int,
     *,
+    others: Sequence[Tensor] = (),
     by_row: bool = False,
     smoothing: float = 0.0,
-    ignored: float | None,
-    compute_dtype: torch.dtype,
 ) -> tuple[Operands, Launch]:
-    """Operands as a kernel takes them."""
+    """Operands as a kernel takes them, which may have ``others`` of the same shape, or need its rows and columns."""
+    inputs, targets, mask, ignored, compute_dtype = matrices
     dense = targets if isinstance(targets, Tensor) else None
     labels = targets if isinstance(targets, tuple) else None
-    matrices = [m for m in (inputs, dense, mask) if m is not None]
-    last_offset = max(shape[0] * shape[1], *map(extent, matrices), labels[1].numel() if labels else 0)
+    tensors = [tensor for tensor in (inputs, dense, mask, *others) if tensor is not None]
+    last_offset = max(shape[0] * shape[1], *map(extent, tensors), labels[1].numel() if labels else 0)
     launch = Launch(
         smoothing=smoothing,
         ignored=ignored,
-        num_labels=shape[1] if labels or by_row or not all(m.is_contiguous() for m in matrices) else None,
+        num_labels=shape[1] if labels or by_row or not all(t.is_contiguous() for t in tensors) else None,
         sparse=dense is None,
         soft=dense is not None and dense.is_floating_point(),
         fast=inputs is not None and inputs.element_size() == 2 and compute_dtype == torch.float32,
         wide=last_offset + block >= 2**31,
-        dtype=tl.float64 if compute_dtype == torch.float64 else tl.float32,
+        dtype=triton_dtype(compute_dtype),
     )
     return Operands(matrix(inputs), Sparse(*labels) if labels else matrix(dense), matrix(mask)), launch
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import LARGE, LARGEST, neg_log, neg_log1p, power, select, sigmoids
+from .device import LARGE, LARGEST, exp_scaled, neg_log, neg_log1p, power, select, sigmoids
 
 
 class Soft(NamedTuple):
@@ -143,6 +143,8 @@ def asymmetric(v, label, values, place, PARAMS: tl.constexpr, FAST: tl.constexpr
     CLIP: tl.constexpr = PARAMS[2]
     DETACHED: tl.constexpr = PARAMS[3]
     p, q, nll, neg_log_q = sigmoids(v, FAST)
+    if FAST and (CLIP != 0 or label.soft is not None):
+        p = exp_scaled(-nll, 1.0, FAST)  # here the slope of a wrong element is p times something
     if label.soft is None:
         r, nlr, r_slope, nlr_slope = _clipped(p, q, nll, CLIP, FAST)
         neg_log_r = neg_log_q if CLIP == 0 else neg_log(r, FAST)

@@ -242,20 +242,6 @@ def store_sums(pointer, size, negative, positive, valid):
 
 
 @triton.jit
-def scale_of(denominator, upstream_ptr, DTYPE: tl.constexpr):
-    """1 over an integer, over the value of a pointer, or over None for 1; times the upstream gradient."""
-    if denominator is None:
-        scale = tl.full([], 1.0, DTYPE)
-    elif denominator.dtype.is_ptr():
-        scale = 1.0 / tl.load(denominator).to(DTYPE)
-    else:
-        scale = 1.0 / denominator.to(DTYPE)
-    if upstream_ptr is not None:
-        scale *= load_as(upstream_ptr, None, None, DTYPE)
-    return scale
-
-
-@triton.jit
 def row_factor(factors, row, valid, DTYPE: tl.constexpr):
     """The product of what multiplies the loss of a row."""
     factor = tl.where(valid, 1.0, 0.0).to(DTYPE)

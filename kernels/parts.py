@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import load_as
-from .elements import prepare
+from .elements import Matrices, prepare
 from .launch import launch_scope
 from .lines import (
     ABSENT,
@@ -22,10 +21,10 @@ from .lines import (
     line_sums,
     load_tile,
     row_factor,
-    scale_of,
     store_gradient,
     store_sums,
 )
+from .upstream import Upstream, inverse, receive
 
 
 @triton.jit
@@ -42,12 +41,13 @@ def _partials_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program goes down a strip of columns, through a chunk of rows."""
-    chunk = tl.program_id(0)
-    strip = tl.program_id(1)
-    if LAUNCH.wide:
-        strip = strip.to(tl.int64)
-        chunk = chunk.to(tl.int64)
     L: tl.constexpr = LAUNCH.num_labels
+    strips: tl.constexpr = (L + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    if LAUNCH.wide:
+        pid = pid.to(tl.int64)
+    chunk = pid // strips
+    strip = pid % strips
     col_negative = Sums(tl.full([BLOCK], ABSENT, LAUNCH.dtype), tl.zeros([BLOCK], LAUNCH.dtype))
     col_positive = col_negative
     for first in range(chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, num_rows), ROWS):
@@ -55,7 +55,7 @@ def _partials_kernel(
         negative, positive, _ = line_sums(tile, None, T, False, LAUNCH.fast, 1)
         row = first + tl.arange(0, ROWS)
         pointer = rows_ptr + strip * num_rows + row
-        size = tl.cdiv(L, BLOCK) * num_rows
+        size = strips * num_rows
         store_sums(pointer, size, negative, positive, row < num_rows)
         if COUNT == "positives":
             tl.store(pointer + 4 * size, tl.sum(tile.positive.to(LAUNCH.dtype), 1), row < num_rows)
@@ -63,7 +63,8 @@ def _partials_kernel(
             col_negative, col_positive, _ = line_sums(tile, (col_negative, col_positive), T, False, LAUNCH.fast, 0)
     if cols_ptr is not None:
         col = strip * BLOCK + tl.arange(0, BLOCK)
-        store_sums(cols_ptr + chunk * L + col, tl.num_programs(0) * L, col_negative, col_positive, col < L)
+        size = tl.cdiv(num_rows, chunk_rows).to(tl.int64) * L
+        store_sums(cols_ptr + chunk * L + col, size, col_negative, col_positive, col < L)
 
 
 @triton.jit
@@ -84,11 +85,11 @@ def _gradient_kernel(
     col_slopes_ptr,  # [4, L], or None
     denominators_ptr,  # [1], or [2]: of rows and of columns; or None for 1
     factors,  # each [N]
-    upstream_ptr,  # [], or None for 1
+    upstream,  # Upstream
     grad_ptr,  # [N, L]
     num_rows,
     T: tl.constexpr,
-    WRITTEN: tl.constexpr,  # grad holds the gradient for an upstream of 1 already
+    WRITTEN: tl.constexpr,  # grad is written already, for the upstream that was expected
     LAUNCH: tl.constexpr,  # elements.Launch
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,9 +100,10 @@ def _gradient_kernel(
     L: tl.constexpr = LAUNCH.num_labels
     strips: tl.constexpr = (L + BLOCK - 1) // BLOCK
     tiles = tl.cdiv(num_rows, ROWS) * strips
-    scale = scale_of(denominators_ptr, upstream_ptr, LAUNCH.dtype)
+    value, done = receive(upstream, pid, WRITTEN, LAUNCH.dtype)
+    scale = inverse(denominators_ptr, LAUNCH.dtype) * value
     if WRITTEN:
-        tiles = tl.where(load_as(upstream_ptr, None, None, LAUNCH.dtype) == 1, 0, tiles)
+        tiles = tl.where(done, 0, tiles)
     for index in range(pid, tiles, tl.num_programs(0)):
         start = index % strips * BLOCK
         first = index // strips * ROWS
@@ -111,7 +113,7 @@ def _gradient_kernel(
         gradient = _slopes(row_slopes_ptr, num_rows, row, row < num_rows, tile, factor, T, LAUNCH, 1)
         if col_slopes_ptr is not None:
             col = start + tl.arange(0, BLOCK)
-            factor = scale_of(denominators_ptr + 1, upstream_ptr, LAUNCH.dtype)
+            factor = inverse(denominators_ptr + 1, LAUNCH.dtype) * value
             gradient += _slopes(col_slopes_ptr, L, col, col < L, tile, factor, T, LAUNCH, 0)
         store_gradient(grad_ptr, tile, gradient, LAUNCH.ignored is not None or operands.mask is not None)
 
@@ -159,31 +161,13 @@ def cut(shape: tuple[int, int], *, columns: bool, compute_dtype: torch.dtype) ->
 
 
 def partials_launcher(
-    inputs: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    rows: Tensor,
-    cols: Tensor | None,
-    cut: Cut,
-    *,
-    temperatures: tuple[float, ...],
-    count: str,
-    ignored: float | None,
-    compute_dtype: torch.dtype,
+    matrices: Matrices, rows: Tensor, cols: Tensor | None, cut: Cut, *, temperatures: tuple[float, ...], count: str
 ) -> None:
     """Partial sums ``rows`` [5, strips, N] and ``cols`` [4, chunks, L] of matrices of any strides."""
-    operands, launch = prepare(
-        inputs,
-        targets,
-        mask,
-        inputs.shape,
-        cut.rows * cut.block,
-        by_row=True,
-        ignored=ignored,
-        compute_dtype=compute_dtype,
-    )
+    inputs = matrices.inputs
+    operands, launch = prepare(matrices, inputs.shape, cut.rows * cut.block, by_row=True)
     with launch_scope(inputs):
-        _partials_kernel[(cut.chunks, cut.strips)](
+        _partials_kernel[(cut.chunks * cut.strips,)](
             operands,
             rows,
             cols,
@@ -199,33 +183,21 @@ def partials_launcher(
 
 
 def gradient_launcher(
-    inputs: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
-    mask: Tensor | None,
+    matrices: Matrices,
     row_slopes: Tensor,
     col_slopes: Tensor | None,
     denominators: Tensor | None,
     factors: tuple[Tensor, ...],
-    upstream: Tensor | None,
+    upstream: Upstream,
     grad: Tensor,
     cut: Cut,
     *,
     temperatures: tuple[float, ...],
-    ignored: float | None,
     written: bool,
-    compute_dtype: torch.dtype,
 ) -> None:
     """The gradient from the slopes of its rows and columns."""
-    operands, launch = prepare(
-        inputs,
-        targets,
-        mask,
-        inputs.shape,
-        cut.rows * cut.block,
-        by_row=True,
-        ignored=ignored,
-        compute_dtype=compute_dtype,
-    )
+    inputs = matrices.inputs
+    operands, launch = prepare(matrices, inputs.shape, cut.rows * cut.block, by_row=True)
     tiles = triton.cdiv(inputs.shape[0], cut.rows) * cut.strips
     with launch_scope(inputs):
         _gradient_kernel[(min(tiles, _MAX_PROGRAMS),)](

@@ -10,19 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import NAN_STAYS, load_as, sigmoids, store_rounded
-from .elements import load_elements, load_targets, place_of, prepare, soft_label, tiles_of, within
+from .device import NAN_STAYS, sigmoids, store_rounded
+from .elements import Matrices, load_elements, load_targets, place_of, prepare, soft_label, tiles_of, within
 from .formulas import Label, gradient_bin
 from .labels import find_labels, mark_labels
 from .launch import launch_scope
 from .operands import Place
+from .upstream import inverse
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+# Weights of hard labels are added as integers: the sum is the same in any order, of dense labels and of sparse ones.
+# Up to 2^17 labels of weight 1, and a weight of 1e-6 to 8 digits.
+FIXED = tl.constexpr(2**46)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["denominator"])
 def _sum_kernel(
     partials_ptr,  # [count]
+    denominator,  # an integer, a pointer to a number in [], or None for 1
     total_ptr,  # []
     count,
     AT_LEAST: tl.constexpr,
@@ -30,6 +35,8 @@ def _sum_kernel(
 ):
     index = tl.arange(0, BLOCK)
     total = tl.sum(tl.load(partials_ptr + index, index < count, 0))
+    if denominator is not None:
+        total *= inverse(denominator, total.dtype)
     if AT_LEAST is not None:
         total = tl.maximum(total, AT_LEAST, propagate_nan=NAN_STAYS)
     store_rounded(total_ptr, total, None)
@@ -65,7 +72,7 @@ def _count_kernel(
 @triton.jit
 def _row_sum_kernel(
     operands,  # elements.Operands
-    weights_ptr,  # [L]
+    weights_ptr,  # [L], of hard labels in units of 1 / FIXED
     sums_ptr,  # [N]
     num_rows,
     LAUNCH: tl.constexpr,  # elements.Launch
@@ -87,7 +94,7 @@ def _row_sum_kernel(
         first = 0
         end = L
         longest = L
-    sums = tl.zeros([BLOCK_N, BLOCK_L], LAUNCH.dtype)
+    sums = tl.zeros([BLOCK_N, BLOCK_L], LAUNCH.dtype if LAUNCH.soft else tl.int64)
     for start in range(0, longest, BLOCK_L):
         index = first + start + lanes
         in_row = index < end
@@ -96,12 +103,17 @@ def _row_sum_kernel(
         else:
             col = index
         place = Place(row * L + col, row, col, in_row & (row < num_rows), L)
-        term = load_as(weights_ptr + col, in_row, 0.0, LAUNCH.dtype)
+        term = tl.load(weights_ptr + col, in_row, 0)
         target, kept = load_targets(operands, place, LAUNCH)
-        if target is not None:
-            term *= target.to(LAUNCH.dtype)
-        sums += tl.where(within(kept, place), term, 0.0)
-    tl.store(sums_ptr + rows, tl.maximum(tl.sum(sums, 1), TINY, propagate_nan=NAN_STAYS), rows < num_rows)
+        if LAUNCH.soft:
+            term *= target
+        elif target is not None:
+            term = tl.where(target != 0, term, 0)
+        sums += tl.where(within(kept, place), term, 0)
+    total = tl.sum(sums, 1).to(LAUNCH.dtype)
+    if not LAUNCH.soft:
+        total *= 1.0 / FIXED
+    tl.store(sums_ptr + rows, tl.maximum(total, TINY, propagate_nan=NAN_STAYS), rows < num_rows)
 
 
 @triton.jit
@@ -159,41 +171,32 @@ def num_histograms(numel: int) -> int:
     return min(triton.cdiv(numel, _BLOCK), _MAX_HISTOGRAMS)
 
 
-def count_launcher(
-    targets: Tensor | None,
-    mask: Tensor | None,
-    partials: Tensor,
-    *,
-    ignored: float | None,
-    positives: bool,
-    compute_dtype: torch.dtype,
-) -> None:
+def count_launcher(matrices: Matrices, shape: tuple[int, int], partials: Tensor, *, positives: bool) -> None:
     """How many elements [N, L] are not ignored, or the sum of their targets; as many partial sums as there is room for.
 
-    Without targets, how many the mask leaves.
+    Sparse targets are not read.
     """
-    counted = mask if targets is None else targets
-    operands, launch = prepare(None, targets, mask, counted.shape, _BLOCK, ignored=ignored, compute_dtype=compute_dtype)
+    dense = None if isinstance(matrices.targets, tuple) else matrices.targets
+    operands, launch = prepare(matrices._replace(inputs=None, targets=dense), shape, _BLOCK)
     with launch_scope(partials):
         _count_kernel[(partials.numel(),)](
-            operands, partials, counted.numel(), POSITIVES=positives, LAUNCH=launch, BLOCK=_BLOCK, num_warps=_NUM_WARPS
+            operands,
+            partials,
+            shape[0] * shape[1],
+            POSITIVES=positives,
+            LAUNCH=launch,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
         )
 
 
-def row_sum_launcher(
-    targets: Tensor | tuple[Tensor, Tensor],
-    weights: Tensor,
-    mask: Tensor | None,
-    sums: Tensor,
-    *,
-    ignored: float | None,
-    compute_dtype: torch.dtype,
-) -> None:
-    """For each row of targets [N, L], the sum of finite weights [L] of its labels, and no less than fp32's ``tiny``."""
-    num_rows, num_labels = sums.numel(), weights.numel()
-    operands, launch = prepare(
-        None, targets, mask, (num_rows, num_labels), _BLOCK, by_row=True, ignored=ignored, compute_dtype=compute_dtype
-    )
+def row_sum_launcher(matrices: Matrices, weights: Tensor, sums: Tensor) -> None:
+    """For each row of targets [N, L], the sum of weights [L] of its labels, and no less than fp32's ``tiny``.
+
+    Weights are those of soft labels in the dtype of the computation, of hard ones in int64, in units of 1 / FIXED.
+    """
+    num_rows, num_labels = shape = sums.numel(), weights.numel()
+    operands, launch = prepare(matrices._replace(inputs=None), shape, _BLOCK, by_row=True)
     # Most rows of sparse targets have few labels.
     block_l = 16 if launch.sparse else min(triton.next_power_of_2(num_labels), 1024)
     block_n = (512 if launch.sparse else 1024) // block_l
@@ -203,34 +206,26 @@ def row_sum_launcher(
         )
 
 
-def histogram_launcher(
-    inputs: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    counts: Tensor,
-    *,
-    bins: int,
-    smoothing: float,
-    ignored: float | None,
-    compute_dtype: torch.dtype,
-) -> None:
+def histogram_launcher(matrices: Matrices, counts: Tensor, *, bins: int, smoothing: float) -> None:
     """Elements [N, L] that are not ignored by their |sigmoid(x) - y|, in bins as ``formulas.gradient_bin`` has them.
 
     ``counts`` are [programs, bins] and the caller's to add up. One program counts in int32.
     """
-    operands, launch = prepare(
-        inputs, targets, mask, inputs.shape, _BLOCK, smoothing=smoothing, ignored=ignored, compute_dtype=compute_dtype
-    )
+    inputs = matrices.inputs
+    operands, launch = prepare(matrices, inputs.shape, _BLOCK, smoothing=smoothing)
     # To look for labels takes registers, as fp64 does: half as many elements a thread leave enough.
-    num_warps = _NUM_WARPS * (2 if launch.sparse or compute_dtype == torch.float64 else 1)
+    num_warps = _NUM_WARPS * (2 if launch.sparse or launch.dtype == tl.float64 else 1)
     with launch_scope(inputs):
         _histogram_kernel[(counts.shape[0],)](
             operands, counts, inputs.numel(), BINS=bins, LAUNCH=launch, BLOCK=_BLOCK, num_warps=num_warps
         )
 
 
-def sum_launcher(partials: Tensor, total: Tensor, *, at_least: float | None = None) -> None:
-    """Add up partial sums in a fixed order, and round once, to the total's dtype."""
+def sum_launcher(
+    partials: Tensor, total: Tensor, *, denominator: int | Tensor | None = None, at_least: float | None = None
+) -> None:
+    """Add up partial sums in a fixed order, divide, and round once, to the total's dtype."""
     count = partials.numel()
     with launch_scope(partials):
-        _sum_kernel[(1,)](partials, total, count, AT_LEAST=at_least, BLOCK=triton.next_power_of_2(count), num_warps=8)
+        block = triton.next_power_of_2(count)
+        _sum_kernel[(1,)](partials, denominator, total, count, AT_LEAST=at_least, BLOCK=block, num_warps=8)

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import load_as, store_rounded
-from .elements import prepare
+from .device import store_rounded
+from .elements import Matrices, prepare
 from .launch import launch_scope
-from .lines import by_class, line_count, line_sums, load_tile, row_factor, scale_of, store_gradient, zlpr
+from .lines import by_class, line_count, line_sums, load_tile, row_factor, store_gradient, zlpr
+from .upstream import Upstream, inverse, receive
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -19,14 +20,14 @@ def _zlpr_kernel(
     operands,  # elements.Operands
     factors,  # each [N]
     denominator,  # an integer, a pointer to a number in [], or None for 1
-    upstream_ptr,  # [], or None for 1
+    upstream,  # Upstream
     loss_ptr,  # [N], [programs] when REDUCED, or None
     count_ptr,  # [programs], or None
     grad_ptr,  # [N, L], or None
     num_rows,
     REDUCED: tl.constexpr,
     COUNT: tl.constexpr,
-    WRITTEN: tl.constexpr,  # grad holds the gradient for an upstream of 1 already
+    WRITTEN: tl.constexpr,  # grad is written already, for the upstream that was expected
     LAUNCH: tl.constexpr,  # elements.Launch
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,10 +35,11 @@ def _zlpr_kernel(
     pid = tl.program_id(0)
     if LAUNCH.wide:
         pid = pid.to(tl.int64)
-    scale = scale_of(denominator, upstream_ptr, LAUNCH.dtype)
+    scale = inverse(denominator, LAUNCH.dtype)
+    value, done = receive(upstream, pid, WRITTEN, LAUNCH.dtype)
     end = num_rows
     if WRITTEN:
-        end = tl.where(load_as(upstream_ptr, None, None, LAUNCH.dtype) == 1, 0, num_rows)
+        end = tl.where(done, 0, num_rows)
     losses = tl.zeros([ROWS], LAUNCH.dtype)
     counts = tl.zeros([ROWS], LAUNCH.dtype)
     for first in range(pid * ROWS, end, tl.num_programs(0) * ROWS):
@@ -53,6 +55,7 @@ def _zlpr_kernel(
         if count_ptr is not None:
             counts += line_count(negative, positive, tl.sum(tile.positive.to(LAUNCH.dtype), 1), COUNT)
         if grad_ptr is not None:
+            factor *= value
             slope = by_class(tile.positive, positive_slope * factor, negative_slope * factor, 1)
             store_gradient(grad_ptr, tile, slope * e, LAUNCH.ignored is not None or operands.mask is not None)
     if REDUCED and loss_ptr is not None:
@@ -64,7 +67,7 @@ def _zlpr_kernel(
 # The longest row that is one tile; half of it in fp64. 32 logits a thread of four bytes: with their exponentials they
 # stay in registers.
 _LONGEST, _BYTES_A_WARP = 16384, 4096
-# Shorter rows share a tile of one warp, which needs no barrier to add up a row.
+# Shorter rows share a tile of one warp (in fp64 of two), which needs no barrier to add up a row.
 _TILE, _MOST_ROWS = 1024, 8
 # Enough programs to fill the largest GPU several times over, and few enough for one program to add up their sums.
 _MAX_PROGRAMS = 8192
@@ -86,30 +89,25 @@ def _tile(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def zlpr_launcher(
-    inputs: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
-    mask: Tensor | None,
+    matrices: Matrices,
     factors: tuple[Tensor, ...],
     denominator: int | Tensor | None,
-    upstream: Tensor | None,
+    upstream: Upstream,
     loss: Tensor | None,
     counts: Tensor | None,
     grad: Tensor | None,
     *,
     reduced: bool,
     count: str,
-    ignored: float | None,
     written: bool,
-    compute_dtype: torch.dtype,
 ) -> None:
-    """Launch one pass over [N, L] matrices of any strides, sparse targets as (crow, col) indices.
+    """Launch one pass over [N, L] matrices of any strides.
 
-    ``factors`` [N], ``loss``, ``counts`` and ``grad`` are contiguous; ``upstream`` is a scalar.
+    ``factors`` [N], ``loss``, ``counts`` and ``grad`` are contiguous; an upstream is a scalar.
     """
+    inputs = matrices.inputs
     rows, block = _tile(inputs.shape)
-    operands, launch = prepare(
-        inputs, targets, mask, inputs.shape, rows * block, by_row=True, ignored=ignored, compute_dtype=compute_dtype
-    )
+    operands, launch = prepare(matrices, inputs.shape, rows * block, by_row=True)
     with launch_scope(inputs):
         _zlpr_kernel[(num_programs(inputs.shape),)](
             operands,
@@ -126,5 +124,5 @@ def zlpr_launcher(
             LAUNCH=launch,
             ROWS=rows,
             BLOCK=block,
-            num_warps=max(rows * block * compute_dtype.itemsize // _BYTES_A_WARP, 1),
+            num_warps=max(rows * block * matrices.compute_dtype.itemsize // _BYTES_A_WARP, 1),
         )

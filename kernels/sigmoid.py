@@ -6,17 +6,18 @@ a loss is, its formula tells (formulas.py); everything else is the same for all 
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import load_as, select, store_rounded
-from .elements import load_elements, place_of, soft_label, tiles_of
+from . import elements
+from .device import select, store_rounded
+from .elements import Matrices, load_elements, place_of, soft_label, tiles_of
 from .formulas import FORMULAS, Label, Values
-from .labels import Sparse, find_labels, mark_labels
+from .labels import find_labels, mark_labels
 from .launch import launch_scope
-from .operands import Matrix, extent, load, matrix
+from .operands import Matrix, load, matrix
+from .upstream import Upstream, inverse, receive
 
 
 @triton.jit
@@ -31,47 +32,34 @@ def _by_label(positive, y, when_positive, when_negative):
 class Operands(NamedTuple):
     """What a kernel reads."""
 
-    inputs: Matrix
-    targets: Matrix | Sparse
+    elements: elements.Operands
     alpha: Matrix | None
     pos_weight: Matrix | None
     factors: tuple[Matrix, ...]  # each multiplies the losses of its elements
-    mask: Matrix | None
 
 
 class Launch(NamedTuple):
     """What is compiled in, beside the formula."""
 
+    elements: elements.Launch
     params: tuple[float, ...]
     alpha: float | None
-    smoothing: float
-    ignored: float | None  # the target of an element that does not count
-    num_labels: int | None  # None when no operand needs row and column
     reduced: bool
-    written: bool  # grad holds the gradient for an upstream of 1 already
-    sparse: bool
-    soft: bool
-    fast: bool
-    wide: bool  # offsets past 2^31
-    dtype: tl.dtype
+    written: bool  # grad is written already, for the upstream that was expected
 
 
 @triton.jit
 def _tile(operands, values, place, marked, scale, loss_ptr, grad_ptr, FORMULA: tl.constexpr, LAUNCH: tl.constexpr):
-    """Losses of a tile, and its gradient, which is stored; ``marked`` are sparse targets, None where there is none."""
-    v, positive, y, kept = load_elements(operands, place, marked, LAUNCH)
+    """Losses of a tile, and ``scale`` times its gradient, which is stored.
+
+    ``marked`` are sparse targets, None where the tile has none.
+    """
+    DTYPE: tl.constexpr = LAUNCH.elements.dtype
+    v, positive, y, kept = load_elements(operands.elements, place, marked, LAUNCH.elements)
     zero = None if place.valid is None else 0.0
-    coef = scale
-    if operands.alpha is not None:
-        alpha = load(operands.alpha, place, zero, LAUNCH.dtype)
-        coef *= _by_label(positive, y, alpha, 1.0 - alpha)
-    elif LAUNCH.alpha is not None:
-        coef = _by_label(positive, y, scale * LAUNCH.alpha, scale * (1.0 - LAUNCH.alpha))
-    for i in tl.static_range(len(operands.factors)):
-        coef *= load(operands.factors[i], place, zero, LAUNCH.dtype)
     pos_weight = None
     if operands.pos_weight is not None:
-        pos_weight = load(operands.pos_weight, place, zero, LAUNCH.dtype)
+        pos_weight = load(operands.pos_weight, place, zero, DTYPE)
     soft = None
     share = None
     if y is not None:
@@ -79,9 +67,22 @@ def _tile(operands, values, place, marked, scale, loss_ptr, grad_ptr, FORMULA: t
     elif pos_weight is not None and positive is not None:
         share = tl.where(positive, pos_weight, 1.0)
 
-    loss, slope = FORMULA(v, Label(positive, share, soft), values, place, LAUNCH.params, LAUNCH.fast)
-    loss *= coef
-    slope *= coef
+    loss, slope = FORMULA(v, Label(positive, share, soft), values, place, LAUNCH.params, LAUNCH.elements.fast)
+    if operands.alpha is not None:
+        alpha = load(operands.alpha, place, zero, DTYPE)
+        factor = _by_label(positive, y, alpha, 1.0 - alpha)
+        loss *= factor
+        slope *= factor
+    elif LAUNCH.alpha is not None:
+        one = tl.full([], 1.0, DTYPE)
+        factor = _by_label(positive, y, one * LAUNCH.alpha, one * (1.0 - LAUNCH.alpha))
+        loss *= factor
+        slope *= factor
+    for i in tl.static_range(len(operands.factors)):
+        factor = load(operands.factors[i], place, zero, DTYPE)
+        loss *= factor
+        slope *= factor
+    slope *= scale
     if kept is not None:
         loss = tl.where(kept, loss, 0.0)
         slope = tl.where(kept, slope, 0.0)
@@ -97,43 +98,40 @@ def _sigmoid_kernel(
     operands,  # Operands
     values,  # Values
     denominator,  # an integer, or a pointer to a number in []
-    upstream_ptr,  # [], or None for 1
-    loss_ptr,  # [N, L], [programs] when reduced, or None
+    upstream,  # Upstream
+    loss_ptr,  # [N, L]; when reduced [programs], of sums that no denominator divides; or None
     grad_ptr,  # [N, L], or None
     numel,
     FORMULA: tl.constexpr,
     LAUNCH: tl.constexpr,  # Launch
     BLOCK: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = LAUNCH.elements.dtype
+    L: tl.constexpr = LAUNCH.elements.num_labels
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
-    if LAUNCH.wide:
+    if LAUNCH.elements.wide:
         pid = pid.to(tl.int64)
         lanes = lanes.to(tl.int64)
-    if denominator.dtype.is_ptr():
-        scale = 1.0 / tl.load(denominator).to(LAUNCH.dtype)
-    else:
-        scale = 1.0 / denominator.to(LAUNCH.dtype)
-    if upstream_ptr is not None:
-        upstream = load_as(upstream_ptr, None, None, LAUNCH.dtype)
-        scale *= upstream
-        if LAUNCH.written:
-            numel = tl.where(upstream == 1, 0, numel)
+    value, done = receive(upstream, pid, LAUNCH.written, DTYPE)
+    scale = inverse(denominator, DTYPE) * value
+    if LAUNCH.written:
+        numel = tl.where(done, 0, numel)
 
-    L: tl.constexpr = LAUNCH.num_labels
-    partial = tl.zeros([BLOCK], LAUNCH.dtype)
+    partial = tl.zeros([BLOCK], DTYPE)
     for REST in tl.static_range(2):
         first, end = tiles_of(pid, numel, REST, BLOCK)
         for tile in range(first, end, programs):
             start = tile * BLOCK
             place = place_of(start, lanes, numel, REST, L)
-            if LAUNCH.sparse:
+            if LAUNCH.elements.sparse:
+                labels = operands.elements.targets
                 last = tl.minimum(start + BLOCK, numel) - 1
-                label, found = find_labels(operands.targets, start, last, L)
+                label, found = find_labels(labels, start, last, L)
                 # The common tile has no labels: in its copy of the formula nothing is selected by them.
                 if found:
-                    marked = mark_labels(operands.targets, label, start, last, L, BLOCK)
+                    marked = mark_labels(labels, label, start, last, L, BLOCK)
                     loss = _tile(operands, values, place, marked, scale, loss_ptr, grad_ptr, FORMULA, LAUNCH)
                 else:
                     loss = _tile(operands, values, place, None, scale, loss_ptr, grad_ptr, FORMULA, LAUNCH)
@@ -170,59 +168,40 @@ def num_programs(inputs: Tensor, *, sparse: bool) -> int:
 def sigmoid_launcher(
     formula: str,
     params: tuple[float, ...],
-    inputs: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    matrices: Matrices,
     alpha: float | Tensor | None,
     pos_weight: Tensor | None,
     factors: tuple[Tensor, ...],
-    mask: Tensor | None,
     values: Values,
     denominator: int | Tensor,
-    upstream: Tensor | None,
+    upstream: Upstream,
     loss: Tensor | None,
     grad: Tensor | None,
     *,
     smoothing: float,
-    ignored: float | None,
     reduced: bool,
     written: bool,
-    compute_dtype: torch.dtype,
 ) -> None:
-    """Launch one pass over [N, L] matrices of any strides; vectors come expanded, sparse targets as (crow, col).
+    """Launch one pass over [N, L] matrices of any strides; vectors come expanded.
 
-    ``loss``, ``grad`` and ``values`` are contiguous; ``upstream`` is a scalar.
+    ``loss``, ``grad`` and ``values`` are contiguous; an upstream is a scalar. The denominator divides the gradient; a
+    reduced loss comes as partial sums, and ``sum_launcher`` divides it.
     """
-    sparse = isinstance(targets, tuple)
-    alphas = alpha if isinstance(alpha, Tensor) else None
-    matrices = [m for m in (inputs, None if sparse else targets, alphas, pos_weight, mask, *factors) if m is not None]
+    inputs = matrices.inputs
+    sparse = isinstance(matrices.targets, tuple)
     block = _block(inputs, sparse)
-    by_place = sparse or any(v is not None for v in values) or not all(m.is_contiguous() for m in matrices)
-    last_offset = max(inputs.numel(), *map(extent, matrices), targets[1].numel() if sparse else 0)
-    operands = Operands(
-        matrix(inputs),
-        Sparse(*targets) if sparse else matrix(targets),
-        matrix(alphas),
-        matrix(pos_weight),
-        tuple(matrix(factor) for factor in factors),
-        matrix(mask),
-    )
-    launch = Launch(
-        params=params,
-        alpha=None if isinstance(alpha, Tensor) else alpha,
+    alphas = alpha if isinstance(alpha, Tensor) else None
+    read, launch = elements.prepare(
+        matrices,
+        inputs.shape,
+        block,
+        others=[tensor for tensor in (alphas, pos_weight, *factors) if tensor is not None],
+        by_row=any(value is not None for value in values),
         smoothing=smoothing,
-        ignored=ignored,
-        num_labels=inputs.shape[1] if by_place else None,
-        reduced=reduced,
-        written=written,
-        sparse=sparse,
-        soft=not sparse and targets.is_floating_point(),
-        fast=inputs.element_size() == 2 and compute_dtype == torch.float32,
-        wide=last_offset + block >= 2**31,
-        dtype=tl.float64 if compute_dtype == torch.float64 else tl.float32,
     )
     with launch_scope(inputs):
         _sigmoid_kernel[(num_programs(inputs, sparse=sparse),)](
-            operands,
+            Operands(read, matrix(alphas), matrix(pos_weight), tuple(matrix(factor) for factor in factors)),
             values,
             denominator,
             upstream,
@@ -230,7 +209,7 @@ def sigmoid_launcher(
             grad,
             inputs.numel(),
             FORMULA=FORMULAS[formula],
-            LAUNCH=launch,
+            LAUNCH=Launch(launch, params, None if isinstance(alpha, Tensor) else alpha, reduced, written),
             BLOCK=block,
             num_warps=_NUM_WARPS,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import bertloss_fast as bf
-from bertloss_fast.ops.rowwise import _RowwiseLoss
+from bertloss_fast.ops.autograd import _Loss
 
 INF, NAN = math.inf, math.nan
 
@@ -290,7 +290,7 @@ def test_nothing_of_the_logits_size_but_the_gradient(loss: str, target: str, mon
     with Allocations() as made:
         value = LOSSES[loss][0](x, labels, backend="eager")
         with torch.no_grad():  # autograd would call it where the mode does not look
-            _RowwiseLoss.backward(value.grad_fn, torch.ones(()))
+            _Loss.backward(value.grad_fn, torch.ones(()))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in made.results}
     large = [at for at, size in storages.items() if size >= x.nbytes / 4 and at not in (x.data_ptr(), y.data_ptr())]
     assert len(storages) > 64

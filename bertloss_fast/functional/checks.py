@@ -11,7 +11,7 @@ from ..ops import dispatch
 from ..targets import SparseLabels
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "mean_positive")
-LARGEST = 1e300  # of a number that has no bound of its own; infinity is none
+LARGEST = 1e30  # of a number that has no bound of its own: fp32 computes with it
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -23,13 +23,18 @@ def check_inputs(name: str, inputs: Tensor) -> None:
 
 
 def as_targets(
-    name: str, targets: Tensor | SparseLabels, inputs_name: str, inputs: Tensor, ignore_index: int | None = None
+    name: str,
+    targets: Tensor | SparseLabels,
+    inputs_name: str,
+    inputs: Tensor,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Labels of the inputs' shape and device: dense, or else where rows begin and which labels they have."""
     if isinstance(targets, Tensor) and targets.layout == torch.sparse_csr:
         targets = SparseLabels.from_sparse_csr(targets)
     if not isinstance(targets, SparseLabels):
-        check_targets(name, targets, inputs_name, inputs, ignore_index)
+        _check_targets(name, targets, inputs_name, inputs, ignore_index, mask)
         return targets, None, None
     if ignore_index is not None:
         raise ValueError(f"ignore_index: expected None, since sparse labels have no place for one; got {ignore_index}")
@@ -43,10 +48,10 @@ def as_targets(
     return None, targets.crow_indices, targets.col_indices
 
 
-def check_targets(
-    name: str, targets: Tensor, inputs_name: str, inputs: Tensor, ignore_index: int | None = None
+def _check_targets(
+    name: str, targets: Tensor, inputs_name: str, inputs: Tensor, ignore_index: int | None, mask: Tensor | None
 ) -> None:
-    """Labels: of the inputs' shape and device; integers only 0 and 1, where a look at them is free."""
+    """Labels: of the inputs' shape and device; integers only 0 and 1, where they count and a look at them is free."""
     _check_tensor(name, targets)
     if targets.is_complex():
         raise TypeError(f"{name}: expected bool, an integer or a floating dtype, got {_short(targets.dtype)}")
@@ -54,26 +59,36 @@ def check_targets(
         raise ValueError(f"{name}: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(targets.shape)}")
     _check_device(name, targets, inputs_name, inputs)
     if ignore_index is not None:
-        _check_ignore_index(name, targets, ignore_index)
+        _check_room_for_ignore_index(name, targets, ignore_index)
     if targets.is_floating_point():
         if targets.dtype not in _FLOATING:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(targets.dtype)}")
     elif targets.dtype != torch.bool and targets.numel() and dispatch.can_check_values(targets.device):
-        _check_binary(name, targets, ignore_index)
+        _check_binary(name, targets, ignore_index, mask)
 
 
-def _check_ignore_index(name: str, targets: Tensor, ignore_index: int) -> None:
+def check_ignore_index(ignore_index: int | None) -> None:
+    """The target of what does not count: any integer but a label."""
+    if ignore_index is None:
+        return
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer or None, got {type(ignore_index).__name__}")
     if 0 <= ignore_index <= 1:
         raise ValueError(f"ignore_index: expected an integer that is no label, got {ignore_index}")
-    if not (targets.dtype.is_signed or targets.is_floating_point()):
-        raise TypeError(
-            f"ignore_index: expected {name} of a signed or floating dtype to hold it, got {_short(targets.dtype)}"
-        )
 
 
-def _check_binary(name: str, targets: Tensor, ignore_index: int | None) -> None:
+def _check_room_for_ignore_index(name: str, targets: Tensor, ignore_index: int) -> None:
+    check_ignore_index(ignore_index)
+    dtype = targets.dtype
+    if not (dtype.is_signed or targets.is_floating_point()):
+        raise TypeError(f"ignore_index: expected {name} of a signed or floating dtype to hold it, got {_short(dtype)}")
+    # A floating dtype holds every integer up to the one after which it skips some.
+    limit = int(2 / torch.finfo(dtype).eps) if targets.is_floating_point() else torch.iinfo(dtype).max
+    if abs(ignore_index) > limit:
+        raise ValueError(f"ignore_index: expected an integer that {_short(dtype)} holds, got {ignore_index}")
+
+
+def _check_binary(name: str, targets: Tensor, ignore_index: int | None, mask: Tensor | None) -> None:
     # Unsigned types of 16 bits and more have no min and max; as signed ones, too large is negative.
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(targets.dtype)
     values = targets if signed is None else targets.view(signed)
@@ -82,16 +97,20 @@ def _check_binary(name: str, targets: Tensor, ignore_index: int | None) -> None:
         wrong = (values < 0) | (values > 1)
         if ignore_index is not None:
             wrong &= values != ignore_index
-        if ignore_index is None or wrong.any():
+        if mask is not None:
+            wrong &= mask
+        if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
             raise ValueError(f"{name}: expected 0 or 1, got {targets[at].item()} at {at}")
 
 
-def check_probabilities(name: str, values: Tensor, ignore_index: int | None = None) -> None:
-    """Floating values from 0 to 1, where a look at them is free."""
+def check_probabilities(name: str, values: Tensor, ignore_index: int | None = None, mask: Tensor | None = None) -> None:
+    """Floating values from 0 to 1, where they count and a look at them is free."""
     if values.is_floating_point() and values.numel() and dispatch.can_check_values(values.device):
         if ignore_index is not None:
             values = torch.where(values == ignore_index, 0, values)
+        if mask is not None:
+            values = torch.where(mask, values, 0)
         low, high = (value.item() for value in values.detach().aminmax())
         if low < 0 or high > 1:
             raise ValueError(f"{name}: expected values from 0 to 1, got {low if low < 0 else high:g}")
@@ -128,9 +147,7 @@ def as_normalizer(normalizer: float | Tensor | None, reduction: str, inputs_name
     if reduction == "none":
         raise ValueError("normalizer: expected None with reduction 'none', which divides by nothing")
     if not isinstance(normalizer, Tensor):
-        value = check_number("normalizer", normalizer, 0)
-        if value == 0:
-            raise ValueError("normalizer: expected a number > 0, got 0")
+        value = check_positive("normalizer", normalizer)
         return torch.full((), value, dtype=torch.float64 if inputs.device.type != "mps" else None, device=inputs.device)
     _check_constant("normalizer", normalizer, inputs_name, inputs)
     if normalizer.dim():
@@ -138,12 +155,19 @@ def as_normalizer(normalizer: float | Tensor | None, reduction: str, inputs_name
     return normalizer
 
 
-def check_smoothing(name: str, smoothing: float) -> float:
-    """How far labels move to one half: from 0, and less than 1."""
-    value = check_number(name, smoothing, 0, 1)
+def check_fraction(name: str, value: float) -> float:
+    """A number from 0, and less than 1."""
+    value = check_number(name, value, 0, 1)
     if value == 1:
         raise ValueError(f"{name}: expected a number from 0 to less than 1, got 1")
     return value
+
+
+def check_positive(name: str, value: float, low: float = 1 / LARGEST, high: float = LARGEST) -> float:
+    """A number above 0, and not beyond what fp32 computes with."""
+    if check_number(name, value, 0) == 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
+    return check_number(name, value, low, high)
 
 
 def check_reduction(reduction: str) -> None:
@@ -159,7 +183,8 @@ def check_number(name: str, value: float, low: float, high: float = LARGEST) -> 
     """A number in [low, high]."""
     if type(value) is float and low <= value <= high:  # the common case costs a loss of 32 x 100 no microsecond
         return value
-    expected = f"a number >= {low:g}" if high == LARGEST else f"a number from {low:g} to {high:g}"
+    unbounded = high == LARGEST and not (isinstance(value, Real) and value > high)
+    expected = f"a number >= {low:g}" if unbounded else f"a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if not low <= value <= high:
@@ -206,12 +231,17 @@ def check_weight(weight: Tensor | None, inputs_name: str, inputs: Tensor, *, bro
         )
 
 
+def check_no_gradient(name: str, tensor: Tensor | None) -> None:
+    """An operand that has no gradient in this loss."""
+    if tensor is not None and tensor.requires_grad:
+        raise ValueError(f"{name}: expected a tensor without gradient, since none flows to it; got requires_grad=True")
+
+
 def _check_constant(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
     _check_tensor(name, tensor)
     if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATING):
         raise TypeError(f"{name}: expected a real dtype of at least 16 bits, got {_short(tensor.dtype)}")
-    if tensor.requires_grad:
-        raise ValueError(f"{name}: expected a tensor without gradient, since none flows to it; got requires_grad=True")
+    check_no_gradient(name, tensor)
     _check_device(name, tensor, inputs_name, inputs)
 
 

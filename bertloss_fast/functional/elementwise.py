@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.sigmoid import sigmoid_loss
+from ..ops.upstream import UpstreamMemory
 from ..reference.sigmoid import Operands, Spec
 from ..targets import SparseLabels
 from .checks import (
@@ -16,11 +17,11 @@ from .checks import (
     as_targets,
     as_vector,
     check_alpha,
+    check_fraction,
     check_mask,
     check_probabilities,
     check_reduction,
     check_sample_weight,
-    check_smoothing,
     check_weight,
 )
 
@@ -36,6 +37,10 @@ class Options(TypedDict, total=False):
     label_smoothing: float
     normalizer: float | Tensor | None
     backend: str | None
+    upstream_memory: UpstreamMemory | None
+
+
+_OPTIONS = frozenset(Options.__annotations__)
 
 
 def elementwise_loss(
@@ -44,13 +49,20 @@ def elementwise_loss(
     inputs: Tensor,
     targets: Tensor | SparseLabels,
     reduction: str,
+    options: Options,
     *,
-    backend: str | None = None,
-    **options: Any,
+    alpha: float | Tensor | None = None,
+    as_torch: bool = False,
 ) -> Tensor:
     """A loss of one logit and one label, on inputs and params that are checked."""
-    spec, operands = prepare(formula, params, inputs, targets, reduction, **options)
-    return sigmoid_loss(spec, operands, dispatch.resolve(backend, inputs.device))
+    spec, operands = prepare(formula, params, inputs, targets, reduction, options, alpha=alpha, as_torch=as_torch)
+    return compute(spec, operands, options)
+
+
+def compute(spec: Spec, operands: Operands, options: Options) -> Tensor:
+    """The loss of what is prepared."""
+    backend = dispatch.resolve(options.get("backend"), operands.inputs.device)
+    return sigmoid_loss(spec, operands, backend, options.get("upstream_memory"))
 
 
 def prepare(
@@ -59,32 +71,31 @@ def prepare(
     inputs: Tensor,
     targets: Tensor | SparseLabels,
     reduction: str,
+    options: Options,
     *,
     alpha: float | Tensor | None = None,
-    weight: Tensor | None = None,
-    pos_weight: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    normalizer: float | Tensor | None = None,
     as_torch: bool = False,
 ) -> tuple[Spec, Operands]:
     """A call's arguments, checked; ``as_torch`` has the names, broadcast weights and dtypes of torch's losses."""
+    if not _OPTIONS.issuperset(options):
+        unknown = next(name for name in options if name not in _OPTIONS)
+        raise TypeError(f"{unknown}: expected no such argument; the options are {', '.join(Options.__annotations__)}")
+    ignore_index, mask = options.get("ignore_index"), options.get("mask")
+    weight, sample_weight = options.get("weight"), options.get("sample_weight")
     inputs_name, targets_name = ("input", "target") if as_torch else ("inputs", "targets")
-    dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index)
+    check_mask(mask, inputs_name, inputs)
+    dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
     if dense is not None and not as_torch:
-        check_probabilities(targets_name, dense, ignore_index)
+        check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)
     alpha_number, alpha_tensor = _alpha(alpha, inputs)
     check_weight(weight, inputs_name, inputs, broadcast=as_torch)
     check_sample_weight(sample_weight, inputs_name, inputs)
-    check_mask(mask, inputs_name, inputs)
     spec = Spec(
         formula=formula,
         params=params,
         alpha=alpha_number,
-        smoothing=check_smoothing("label_smoothing", label_smoothing),
+        smoothing=check_fraction("label_smoothing", options.get("label_smoothing", 0.0)),
         ignored=ignore_index,
         reduction=reduction,
         compute_dtype=torch.float64 if _has_dtype(torch.float64, inputs, dense) else torch.float32,
@@ -97,10 +108,10 @@ def prepare(
         col,
         alpha=alpha_tensor,
         weight=weight,
-        pos_weight=as_vector("pos_weight", pos_weight, inputs_name, inputs),
+        pos_weight=as_vector("pos_weight", options.get("pos_weight"), inputs_name, inputs),
         sample_weight=sample_weight,
         mask=mask,
-        normalizer=as_normalizer(normalizer, reduction, inputs_name, inputs),
+        normalizer=as_normalizer(options.get("normalizer"), reduction, inputs_name, inputs),
     )
     return spec, operands
 
@@ -122,7 +133,7 @@ def _has_dtype(dtype: torch.dtype, inputs: Tensor, targets: Tensor | None) -> bo
 
 def _loss_dtype(inputs: Tensor, targets: Tensor | None, reduction: str, as_torch: bool) -> torch.dtype:
     soft = targets is not None and targets.is_floating_point()
-    autocast = torch.is_autocast_enabled(inputs.device.type)
+    autocast = inputs.device.type != "meta" and torch.is_autocast_enabled(inputs.device.type)
     if as_torch:
         dtype = targets.dtype if soft and targets is not None else inputs.dtype
         return torch.float32 if dtype.itemsize == 2 and autocast else dtype

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.passes import ghm_weights, row_rates
-from ..ops.sigmoid import sigmoid_loss
 from ..targets import SparseLabels
-from .checks import LARGEST, check_inputs, check_number, check_reduction
-from .elementwise import Options, prepare
+from .checks import (
+    LARGEST,
+    check_fraction,
+    check_inputs,
+    check_no_gradient,
+    check_number,
+    check_positive,
+    check_reduction,
+)
+from .elementwise import Options, compute, prepare
 from .weights import as_counts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
-
-# Of a float32: what a row without labels has for the sum of its labels' 1 / counts, as timm has it.
-_LEAST_RATE = torch.finfo(torch.float32).tiny
 
 
 def distribution_balanced_loss(
@@ -51,7 +55,8 @@ def distribution_balanced_loss(
 
     Args:
         inputs, targets: logits ``[..., L]`` and labels, as in :func:`sigmoid_focal_loss`; targets without gradient.
-        class_counts: how often each label occurs in training, n, ``[L]``; taken as at least 1, at most N - 1.
+        class_counts: how often each label occurs in training, n, ``[L]``; taken as at least 1, at most N - 1. On the
+            inputs' device: what lies elsewhere is copied at every call (the module copies it once).
         num_samples: how many samples training has, N, at least 2.
         map_alpha, map_beta, map_mu: the least weight, the steepness and the threshold of the rebalancing.
         neg_scale: what the logits of negatives are multiplied by, lambda, > 0.
@@ -59,7 +64,7 @@ def distribution_balanced_loss(
         focal_gamma, focal_balance: gamma and b; without gamma there is no b.
         reduction: as in :func:`sigmoid_focal_loss`.
         options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing`` (after
-            the rows' sums), ``normalizer``, ``backend``, as in :func:`sigmoid_focal_loss`.
+            the rows' sums), ``normalizer``, ``backend``, ``upstream_memory``, as in :func:`sigmoid_focal_loss`.
 
     Returns:
         As :func:`sigmoid_focal_loss`.
@@ -81,19 +86,18 @@ def distribution_balanced_loss(
     check_inputs("inputs", inputs)
     by_label = balanced_values(class_counts, num_samples, neg_scale, init_bias)
     params = balanced_params(map_alpha, map_beta, map_mu, neg_scale, focal_gamma, focal_balance)
-    return balanced_loss(inputs, targets, by_label.to(inputs.device), params, reduction, **options)
+    return balanced_loss(inputs, targets, by_label.to(inputs.device), params, reduction, options)
 
 
 def balanced_values(
     class_counts: Tensor | Sequence[float], num_samples: int, neg_scale: float, init_bias: float
 ) -> Tensor:
-    """1 / counts and the shift of the logits, ``[2, L]``."""
-    if check_number("num_samples", num_samples, 0) < 2:
-        raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
+    """1 / counts and the shift of the logits, float64 ``[2, L]``."""
+    check_number("num_samples", num_samples, 2)
     counts = as_counts("class_counts", class_counts, num_samples).clamp(1, num_samples - 1)
     init_bias = check_number("init_bias", init_bias, -LARGEST)
-    shift = -torch.log(num_samples / counts - 1) * (init_bias / _positive("neg_scale", neg_scale))
-    return torch.stack([1 / counts, shift]).float()
+    shift = -torch.log(num_samples / counts - 1) * (init_bias / check_positive("neg_scale", neg_scale))
+    return torch.stack([1 / counts, shift])
 
 
 def balanced_params(
@@ -104,7 +108,7 @@ def balanced_params(
     return (
         gamma,
         check_number("focal_balance", focal_balance, 0) if gamma > 0 else 1.0,
-        _positive("neg_scale", neg_scale),
+        check_positive("neg_scale", neg_scale),
         check_number("map_alpha", map_alpha, 0),
         check_number("map_beta", map_beta, 0),
         check_number("map_mu", map_mu, -LARGEST),
@@ -117,24 +121,20 @@ def balanced_loss(
     by_label: Tensor,
     params: tuple[float, ...],
     reduction: str,
-    *,
-    backend: str | None = None,
-    **options: Any,
+    options: Options,
 ) -> Tensor:
     """The loss from values by label ``[2, L]`` that are ready."""
     check_inputs("inputs", inputs)
-    spec, operands = prepare("balanced", params, inputs, targets, reduction, **options)
+    spec, operands = prepare("balanced", params, inputs, targets, reduction, options)
     if by_label.shape[1:] != inputs.shape[-1:]:
         raise ValueError(
             f"class_counts: expected shape {tuple(inputs.shape[-1:])}, one count a label of inputs, "
             f"got {tuple(by_label.shape[1:])}"
         )
-    if operands.targets is not None and operands.targets.requires_grad:
-        raise ValueError("targets: expected a tensor without gradient, since none flows to it; got requires_grad=True")
-    backend = dispatch.resolve(backend, inputs.device)
+    check_no_gradient("targets", operands.targets)
     by_label = by_label.to(spec.compute_dtype).contiguous()
-    rates = row_rates(spec, operands, by_label[0], backend).clamp_min(_LEAST_RATE)
-    return sigmoid_loss(spec, operands._replace(by_label=by_label, by_row=rates), backend)
+    rates = row_rates(spec, operands, by_label[0], dispatch.resolve(options.get("backend"), inputs.device))
+    return compute(spec, operands._replace(by_label=by_label, by_row=rates), options)
 
 
 def ghm_loss(
@@ -161,11 +161,11 @@ def ghm_loss(
         bins: how many, from 1 to 1024.
         momentum: of the running mean, from 0 (this batch alone), and less than 1.
         reduction: as in :func:`sigmoid_focal_loss`.
-        running_counts: float ``[bins]``, zero at first; where a bin of this batch is not empty, its value becomes
-            momentum times itself plus (1 - momentum) times this batch's count, in place. None keeps no mean.
+        running_counts: float32 or float64 ``[bins]``, zero at first; where a bin of this batch is not empty, its value
+            becomes momentum times itself plus (1 - momentum) times this batch's count, in place. None keeps no mean.
         process_group: sums the counts over the processes of this group.
         options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing``,
-            ``normalizer``, ``backend``, as in :func:`sigmoid_focal_loss`.
+            ``normalizer``, ``backend``, ``upstream_memory``, as in :func:`sigmoid_focal_loss`.
 
     Returns:
         As :func:`sigmoid_focal_loss`.
@@ -185,15 +185,14 @@ def ghm_loss(
     """
     check_inputs("inputs", inputs)
     check_bins(bins)
-    check_momentum(momentum)
+    check_fraction("momentum", momentum)
     check_reduction(reduction)
     if running_counts is not None:
         _check_running_counts(running_counts, bins, inputs)
-    backend = options.pop("backend", None)
-    spec, operands = prepare("ghm", (bins,), inputs, targets, reduction, **options)  # type: ignore[arg-type, misc]
-    backend = dispatch.resolve(backend, inputs.device)
+    spec, operands = prepare("ghm", (bins,), inputs, targets, reduction, options)
+    backend = dispatch.resolve(options.get("backend"), inputs.device)
     table = ghm_weights(spec, operands, bins, momentum, running_counts, process_group, backend)
-    return sigmoid_loss(spec, operands._replace(table=table), backend)
+    return compute(spec, operands._replace(table=table), options)
 
 
 def check_bins(bins: int) -> None:
@@ -203,25 +202,14 @@ def check_bins(bins: int) -> None:
         raise ValueError(f"bins: expected an integer from 1 to 1024, got {bins}")
 
 
-def check_momentum(momentum: float) -> float:
-    value = check_number("momentum", momentum, 0, 1)
-    if value == 1:
-        raise ValueError("momentum: expected a number from 0 to less than 1, got 1")
-    return value
-
-
 def _check_running_counts(counts: Tensor, bins: int, inputs: Tensor) -> None:
-    if not isinstance(counts, Tensor) or not counts.is_floating_point():
+    if not isinstance(counts, Tensor) or counts.dtype not in (torch.float32, torch.float64):
         got = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
-        raise TypeError(f"running_counts: expected a floating tensor, got {got}")
+        # A count of 65536 is infinite in fp16.
+        raise TypeError(f"running_counts: expected a tensor of float32 or float64, got {got}")
+    if counts.requires_grad:
+        raise ValueError("running_counts: expected a tensor without gradient, got requires_grad=True")
     if counts.shape != (bins,):
         raise ValueError(f"running_counts: expected shape ({bins},), one value a bin, got {tuple(counts.shape)}")
     if counts.device != inputs.device:
         raise ValueError(f"running_counts: expected device '{inputs.device}' like inputs, got '{counts.device}'")
-
-
-def _positive(name: str, value: float) -> float:
-    value = check_number(name, value, 0)
-    if value == 0:
-        raise ValueError(f"{name}: expected a number > 0, got 0")
-    return value

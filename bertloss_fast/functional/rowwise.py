@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.rowwise import rowwise_loss
+from ..ops.upstream import UpstreamMemory
 from ..reference.sigmoid import Operands, Spec
 from ..targets import SparseLabels
 from .checks import (
@@ -14,7 +15,8 @@ from .checks import (
     as_targets,
     check_inputs,
     check_mask,
-    check_number,
+    check_no_gradient,
+    check_positive,
     check_probabilities,
     check_reduction,
     check_sample_weight,
@@ -31,6 +33,7 @@ def zlpr_loss(
     ignore_index: int | None = None,
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
+    upstream_memory: UpstreamMemory | None = None,
 ) -> Tensor:
     r"""Zero-bounded log-sum-exp and pairwise rank-based loss for multi-label classification, in one pass over logits.
 
@@ -39,13 +42,15 @@ def zlpr_loss(
 
     for each row: it ranks every positive label above 0, and 0 above every negative one. It has no parameters, and does
     not grow with the number of negatives as a sum of cross-entropies does. A row of up to 16384 labels (8192 in
-    float64) is read once for its loss and its gradient, a longer one twice.
+    float64) is read once for its loss and its gradient, a longer one twice; once more where the denominator is to be
+    counted, and with ``"none"``, whose gradient is computed in backward.
 
     Args:
         inputs: logits, ``[..., L]``, of any strides, in float16, bfloat16, float32 or float64.
         targets: labels of the same shape: bool, any integer dtype (0 and 1), or floating, which count as positive above
-            one half. They are read as they are: a bool target costs one byte of traffic, an int64 eight. Or the labels
-            without the zeros: :class:`SparseLabels` of ``(N, L)``, or a ``torch.sparse_csr`` tensor.
+            one half and get no gradient. They are read as they are: a bool target costs one byte of traffic, an int64
+            eight. Or the labels without the zeros: :class:`SparseLabels` of ``(N, L)``, or a ``torch.sparse_csr``
+            tensor.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"`` (both over rows that are not wholly ignored), or
             ``"mean_positive"`` (the sum over the number of positive labels, at least 1).
         sample_weight: one value a row, ``inputs.shape[:-1]``; multiplies its loss and changes no denominator.
@@ -54,6 +59,7 @@ def zlpr_loss(
         normalizer: a number, or a tensor of shape ``()`` on the inputs' device, that takes the denominator's place.
         backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
             ``torch.compile``, ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
+        upstream_memory: as in :func:`sigmoid_focal_loss`.
 
     Returns:
         A scalar in float32 (float64 if inputs or targets are), or with ``"none"`` the shape ``inputs.shape[:-1]``, in
@@ -79,7 +85,7 @@ def zlpr_loss(
     normalizer = as_normalizer(normalizer, reduction, "inputs", inputs)
     operands = operands._replace(sample_weight=sample_weight, normalizer=normalizer)
     spec = _spec("zlpr", (1.0, 1.0), operands, reduction, ignore_index)
-    return rowwise_loss(spec, operands, dispatch.resolve(backend, inputs.device))
+    return rowwise_loss(spec, operands, dispatch.resolve(backend, inputs.device), upstream_memory)
 
 
 def two_way_loss(
@@ -138,10 +144,7 @@ def two_way_loss(
 
 
 def check_temperature(name: str, temperature: float) -> float:
-    value = check_number(name, temperature, 0)
-    if value == 0:
-        raise ValueError(f"{name}: expected a number > 0, got {temperature}")
-    return value
+    return check_positive(name, temperature, 1e-4, 1e4)
 
 
 def check_mean(reduction: str) -> None:
@@ -155,11 +158,11 @@ def _operands(
     check_inputs("inputs", inputs)
     if inputs.dim() == 0:
         raise ValueError("inputs: expected shape (..., L), got ()")
-    dense, crow, col = as_targets("targets", targets, "inputs", inputs, ignore_index)
-    if dense is not None:
-        check_probabilities("targets", dense, ignore_index)
-        dense = dense.detach()
     check_mask(mask, "inputs", inputs)
+    dense, crow, col = as_targets("targets", targets, "inputs", inputs, ignore_index, mask)
+    if dense is not None:
+        check_probabilities("targets", dense, ignore_index, mask)
+        check_no_gradient("targets", dense)
     return Operands(inputs, dense, crow, col, mask=mask)
 
 
@@ -171,7 +174,8 @@ def _spec(
     if targets is not None and targets.is_floating_point():
         dtype = torch.promote_types(dtype, targets.dtype)
     compute_dtype = torch.promote_types(dtype, torch.float32)
-    reduced = reduction != "none" or torch.is_autocast_enabled(inputs.device.type)
+    autocast = inputs.device.type != "meta" and torch.is_autocast_enabled(inputs.device.type)
+    reduced = reduction != "none" or autocast
     return Spec(
         formula=formula,
         params=temperatures,

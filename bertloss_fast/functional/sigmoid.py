@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import _reduction
 
+from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
-from .checks import LARGEST, check_inputs, check_number, check_smoothing
+from .checks import LARGEST, check_fraction, check_inputs, check_number
 from .elementwise import Options, elementwise_loss
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def sigmoid_focal_loss(
         normalizer: a number, or a tensor of shape ``()`` on the inputs' device, that takes the denominator's place.
         backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
             ``torch.compile``, ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
+        upstream_memory: what the modules have: an :class:`UpstreamMemory` by which the gradient is written for the
+            upstream gradient that came last, and not for 1.
 
     Returns:
         A scalar in float32 (float64 if inputs or targets are), or with ``"none"`` the inputs' shape, in the dtype to
@@ -72,9 +75,8 @@ def sigmoid_focal_loss(
     ``torchvision.ops.sigmoid_focal_loss``.
     """
     check_inputs("inputs", inputs)
-    return elementwise_loss(
-        "focal", (check_number("gamma", gamma, 0),), inputs, targets, reduction, alpha=alpha, **options
-    )
+    params = (check_number("gamma", gamma, 0),)
+    return elementwise_loss("focal", params, inputs, targets, reduction, options, alpha=alpha)
 
 
 def binary_cross_entropy_with_logits(
@@ -92,6 +94,7 @@ def binary_cross_entropy_with_logits(
     label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
+    upstream_memory: UpstreamMemory | None = None,
 ) -> Tensor:
     r"""Binary cross-entropy on logits, in one pass over them; a drop-in for torch's.
 
@@ -107,7 +110,8 @@ def binary_cross_entropy_with_logits(
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``, as in
             :func:`sigmoid_focal_loss`.
         pos_weight: ``[L]`` or a scalar; multiplies the positive term.
-        sample_weight, mask, ignore_index, label_smoothing, normalizer, backend: as in :func:`sigmoid_focal_loss`.
+        sample_weight, mask, ignore_index, label_smoothing, normalizer, backend, upstream_memory: as in
+            :func:`sigmoid_focal_loss`.
 
     Returns:
         A scalar, or with ``"none"`` the input's shape, in torch's dtype: a floating target's, else the input's, and
@@ -129,22 +133,18 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_inputs("input", input)
-    return elementwise_loss(
-        "bce",
-        (),
-        input,
-        target,
-        reduction,
-        weight=weight,
-        pos_weight=pos_weight,
-        sample_weight=sample_weight,
-        mask=mask,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        normalizer=normalizer,
-        backend=backend,
-        as_torch=True,
-    )
+    options: Options = {
+        "weight": weight,
+        "pos_weight": pos_weight,
+        "sample_weight": sample_weight,
+        "mask": mask,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "normalizer": normalizer,
+        "backend": backend,
+        "upstream_memory": upstream_memory,
+    }
+    return elementwise_loss("bce", (), input, target, reduction, options, as_torch=True)
 
 
 def asymmetric_loss(
@@ -172,7 +172,7 @@ def asymmetric_loss(
         detach_focal_weight: take the focal factor for a constant when differentiating (timm's
             ``disable_torch_grad_focal_loss``).
         options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing``,
-            ``normalizer``, ``backend``, as in :func:`sigmoid_focal_loss`.
+            ``normalizer``, ``backend``, ``upstream_memory``, as in :func:`sigmoid_focal_loss`.
 
     Returns:
         As :func:`sigmoid_focal_loss`. Where p is close to ``clip``, r has the absolute accuracy of p: the difference
@@ -195,10 +195,10 @@ def asymmetric_loss(
     params = (
         check_number("gamma_neg", gamma_neg, 0),
         check_number("gamma_pos", gamma_pos, 0),
-        check_smoothing("clip", clip or 0.0),
+        check_fraction("clip", clip or 0.0),
         bool(detach_focal_weight),
     )
-    return elementwise_loss("asymmetric", params, inputs, targets, reduction, **options)
+    return elementwise_loss("asymmetric", params, inputs, targets, reduction, options)
 
 
 def poly_focal_loss(
@@ -223,7 +223,7 @@ def poly_focal_loss(
         epsilon: how much the leading term of the cross-entropy's expansion is raised.
         gamma, alpha, reduction: as in :func:`sigmoid_focal_loss`.
         options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing``,
-            ``normalizer``, ``backend``, as in :func:`sigmoid_focal_loss`.
+            ``normalizer``, ``backend``, ``upstream_memory``, as in :func:`sigmoid_focal_loss`.
 
     Returns:
         As :func:`sigmoid_focal_loss`.
@@ -242,4 +242,4 @@ def poly_focal_loss(
     """
     check_inputs("inputs", inputs)
     params = (check_number("gamma", gamma, 0), check_number("epsilon", epsilon, -LARGEST))
-    return elementwise_loss("poly", params, inputs, targets, reduction, alpha=alpha, **options)
+    return elementwise_loss("poly", params, inputs, targets, reduction, options, alpha=alpha)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..targets import SparseLabels
-from .checks import check_number
+from .checks import check_fraction, check_number
 
 
 def label_counts(targets: Tensor | SparseLabels) -> Tensor:
@@ -30,7 +30,9 @@ def label_counts(targets: Tensor | SparseLabels) -> Tensor:
         raise TypeError(f"targets: expected a tensor or SparseLabels, got {type(targets).__name__}")
     if not targets.dim():
         raise ValueError("targets: expected shape [..., L], got a scalar")
-    return (targets == 1).reshape(-1, targets.shape[-1]).sum(0)
+    if targets.layout != torch.strided:
+        raise TypeError(f"targets: expected a dense or a sparse_csr tensor, got {targets.layout}")
+    return (targets == 1).reshape(targets.shape[:-1].numel(), targets.shape[-1]).sum(0)
 
 
 def class_balanced_weight(counts: Tensor | Sequence[float], beta: float = 0.999) -> Tensor:
@@ -51,9 +53,7 @@ def class_balanced_weight(counts: Tensor | Sequence[float], beta: float = 0.999)
 
     Follows Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019 (arXiv:1901.05555).
     """
-    beta = check_number("beta", beta, 0, 1)
-    if beta == 1:
-        raise ValueError("beta: expected a number from 0 to less than 1, got 1")
+    beta = check_fraction("beta", beta)
     counts = as_counts("counts", counts).clamp_min(1)
     # 1 - beta^n, without the cancellation
     weight = 1 / -torch.expm1(counts * torch.log(torch.tensor(beta, dtype=torch.float64)))
@@ -64,7 +64,8 @@ def pos_weight_from_counts(counts: Tensor | Sequence[float], num_samples: int) -
     """Negatives over positives of each label: ``pos_weight`` for a loss, ``[L]`` in float32.
 
     Args:
-        counts: how many of the samples have each label, ``[L]``; none counts as one.
+        counts: how many of the samples have each label, ``[L]``; none counts as one. A label that all have gets 0: its
+            positives weigh nothing.
         num_samples: how many samples there are.
 
     Example::
@@ -93,8 +94,7 @@ def prior_bias(counts: Tensor | Sequence[float], num_samples: int) -> Tensor:
 
     Follows Lin et al., "Focal Loss for Dense Object Detection", 2017 (arXiv:1708.02002), section 3.3.
     """
-    if check_number("num_samples", num_samples, 0) < 2:
-        raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
+    check_number("num_samples", num_samples, 2)
     counts = as_counts("counts", counts, num_samples).clamp(1, num_samples - 1)
     return (torch.log(counts) - torch.log(num_samples - counts)).float()
 
@@ -103,7 +103,10 @@ def as_counts(name: str, counts: Tensor | Sequence[float], num_samples: float | 
     """Counts [L] in float64, none negative, none above the number of samples."""
     if isinstance(counts, Tensor) and (counts.is_complex() or counts.dtype == torch.bool):
         raise TypeError(f"{name}: expected real numbers, got {str(counts.dtype).removeprefix('torch.')}")
-    counts = torch.as_tensor(counts).detach().to(torch.float64)
+    try:
+        counts = torch.as_tensor(counts).detach().to(torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a tensor or a list of numbers, got {type(counts).__name__}") from error
     if counts.dim() != 1 or not len(counts):
         raise ValueError(f"{name}: expected shape (L,), one count a label, got {tuple(counts.shape)}")
     if num_samples is not None:

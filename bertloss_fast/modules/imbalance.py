@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..functional.imbalance import balanced_loss, balanced_params, balanced_values, check_bins, check_momentum
+from ..functional.checks import check_fraction
+from ..functional.imbalance import balanced_loss, balanced_params, balanced_values, check_bins
 from ..targets import SparseLabels
 from .sigmoid import ElementwiseLoss, one_smoothing
 
@@ -72,15 +73,15 @@ class DistributionBalancedLoss(ElementwiseLoss):
         self.map_alpha, self.map_beta, self.map_mu = map_alpha, map_beta, map_mu
         self.neg_scale, self.focal_gamma, self.focal_balance = neg_scale, focal_gamma, focal_balance
         inverse, shift = balanced_values(class_counts, num_samples, neg_scale, init_bias)
-        self.register_buffer("freq_inv", inverse.clone())
-        self.register_buffer("logit_bias", shift.clone())
+        self.register_buffer("freq_inv", inverse.float())
+        self.register_buffer("logit_bias", shift.float())
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
         params = balanced_params(
             self.map_alpha, self.map_beta, self.map_mu, self.neg_scale, self.focal_gamma, self.focal_balance
         )
         by_label = torch.stack([self.freq_inv, self.logit_bias])
-        return balanced_loss(inputs, targets, by_label, params, self.reduction, **self._options(options))
+        return balanced_loss(inputs, targets, by_label, params, self.reduction, self._options(options))
 
 
 class GHMLoss(ElementwiseLoss):
@@ -128,7 +129,7 @@ class GHMLoss(ElementwiseLoss):
         super().__init__(reduction, **options)
         check_bins(bins)
         self.bins = bins
-        self.momentum = check_momentum(momentum)
+        self.momentum = check_fraction("momentum", momentum)
         self.process_group = process_group
         self.register_buffer("running_counts", torch.zeros(bins) if momentum > 0 else None)
 
@@ -146,6 +147,14 @@ class GHMLoss(ElementwiseLoss):
             process_group=self.process_group,
             **self._options(options),
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GHMLoss:
+        """The counts move, and stay float32: in fp16 one of 65536 is infinite, and its bin would weigh nothing."""
+        counts = self.running_counts
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if counts is not None and self.running_counts is not None:
+            self.running_counts = counts.to(self.running_counts.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"process_group": None}

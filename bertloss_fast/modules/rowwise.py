@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional.checks import check_backend, check_reduction
+from ..functional.checks import check_backend, check_ignore_index, check_reduction
 from ..functional.rowwise import check_mean, check_temperature, two_way_loss, zlpr_loss
+from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
 
 
@@ -36,9 +37,11 @@ class ZlprLoss(nn.Module):
         super().__init__()
         check_reduction(reduction)
         check_backend(backend)
+        check_ignore_index(ignore_index)
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.backend = backend
+        self._upstream_memory = UpstreamMemory()
 
     def forward(
         self,
@@ -58,6 +61,7 @@ class ZlprLoss(nn.Module):
             ignore_index=self.ignore_index,
             normalizer=normalizer,
             backend=self.backend,
+            upstream_memory=self._upstream_memory,
         )
 
     def extra_repr(self) -> str:
@@ -100,6 +104,7 @@ class TwoWayLoss(nn.Module):
         super().__init__()
         check_mean(reduction)
         check_backend(backend)
+        check_ignore_index(ignore_index)
         self.tp = check_temperature("tp", tp)
         self.tn = check_temperature("tn", tn)
         self.reduction = reduction

@@ -9,8 +9,22 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from .. import functional as F
-from ..functional.checks import LARGEST, check_alpha, check_backend, check_number, check_reduction, check_smoothing
+from ..functional.checks import (
+    LARGEST,
+    check_alpha,
+    check_backend,
+    check_fraction,
+    check_ignore_index,
+    check_no_gradient,
+    check_number,
+    check_probabilities,
+    check_reduction,
+)
+from ..functional.elementwise import Options
+from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
+
+_OF_CALL = frozenset({"sample_weight", "mask", "normalizer"})
 
 
 class ElementwiseLoss(nn.Module):
@@ -35,30 +49,42 @@ class ElementwiseLoss(nn.Module):
         super().__init__()
         check_reduction(reduction)
         check_backend(backend)
+        check_ignore_index(ignore_index)
         self.reduction = reduction
         self.ignore_index = ignore_index
-        self.label_smoothing = check_smoothing("label_smoothing", label_smoothing)
+        self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.backend = backend
         if pos_weight is not None and not isinstance(pos_weight, Tensor):
             pos_weight = torch.tensor(check_number("pos_weight", pos_weight, 0))
+        check_no_gradient("weight", weight)
+        check_no_gradient("pos_weight", pos_weight)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
+        self._upstream_memory = UpstreamMemory()
 
-    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, of_call: dict[str, Any]) -> Options:
         """All options of a call."""
-        return options | {
+        if not of_call.keys() <= _OF_CALL:
+            unknown = next(name for name in of_call if name not in _OF_CALL)
+            raise TypeError(f"{unknown}: expected one of {', '.join(sorted(_OF_CALL))}; others belong to the module")
+        options: Options = {
             "weight": self.weight,
             "pos_weight": self.pos_weight,
             "ignore_index": self.ignore_index,
             "label_smoothing": self.label_smoothing,
             "backend": self.backend,
+            "upstream_memory": self._upstream_memory,
         }
+        return options | of_call  # type: ignore[return-value, operator]
 
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in self._shown} | {"reduction": self.reduction}
-        shown |= {name: getattr(self, name) for name in ("ignore_index", "label_smoothing") if getattr(self, name)}
+        for name in ("weight", "pos_weight", "ignore_index", "label_smoothing"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, Tensor) or value):
+                shown[name] = value
         return ", ".join(
-            f"{name}=[{value.numel()} labels]" if isinstance(value, Tensor) else f"{name}={value!r}"
+            f"{name}=tensor{tuple(value.shape)}" if isinstance(value, Tensor) else f"{name}={value!r}"
             for name, value in shown.items()
         )
 
@@ -99,13 +125,13 @@ class SigmoidFocalLoss(ElementwiseLoss):
         super().__init__(reduction, **options)
         self.gamma = check_number("gamma", gamma, 0)
         if isinstance(alpha, Tensor):
+            check_probabilities("alpha", alpha)
             self.register_buffer("alpha", alpha)
         else:
             self.alpha = alpha if alpha is None else check_alpha(alpha)
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
-        options = self._options(options)
-        return F.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction, **options)
+        return F.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction, **self._options(options))
 
 
 class BCEWithLogitsLoss(ElementwiseLoss):
@@ -203,7 +229,7 @@ class AsymmetricLossMultiLabel(ElementwiseLoss):
         super().__init__(reduction, weight=weight, pos_weight=pos_weight, **options)
         self.gamma_neg = check_number("gamma_neg", gamma_neg, 0)
         self.gamma_pos = check_number("gamma_pos", gamma_pos, 0)
-        self.clip = check_smoothing("clip", clip or 0.0)
+        self.clip = check_fraction("clip", clip or 0.0)
         self.detach_focal_weight = detach_focal_weight or disable_torch_grad_focal_loss
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
@@ -262,13 +288,15 @@ class PolyBinaryCrossEntropy(ElementwiseLoss):
         self.epsilon = check_number("epsilon", epsilon, -LARGEST)
         self.gamma = check_number("gamma", gamma, 0)
         if isinstance(alpha, Tensor):
+            check_probabilities("alpha", alpha)
             self.register_buffer("alpha", alpha)
         else:
             self.alpha = alpha if alpha is None else check_alpha(alpha)
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
-        options = self._options(options)
-        return F.poly_focal_loss(inputs, targets, self.epsilon, self.gamma, self.alpha, self.reduction, **options)
+        return F.poly_focal_loss(
+            inputs, targets, self.epsilon, self.gamma, self.alpha, self.reduction, **self._options(options)
+        )
 
 
 def one_smoothing(smoothing: float, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if dispatch.TRITON_ERROR is None:
         row_sum_launcher,
         sum_launcher,
     )
+    from .launch import matrices
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,14 +42,7 @@ def denominator(spec: Spec, operands: Operands, backend: str) -> int | Tensor:
     if backend == "triton":
         operands = as_matrices(operands)
         partials = operands.inputs.new_empty(num_partials(operands.inputs.numel()), dtype=spec.compute_dtype)
-        count_launcher(
-            operands.targets,
-            operands.mask,
-            partials,
-            ignored=spec.ignored,
-            positives=positives,
-            compute_dtype=spec.compute_dtype,
-        )
+        count_launcher(matrices(spec, operands), operands.inputs.shape, partials, positives=positives)
         count = partials.new_empty(())
         sum_launcher(partials, count, at_least=1)
         return count
@@ -73,38 +67,48 @@ def _count(spec: Spec, operands: Operands, positives: bool) -> Tensor:
 
 
 def row_rates(spec: Spec, operands: Operands, weights: Tensor, backend: str) -> Tensor:
-    """Of each row, the sum of its targets times their weights ``[L]``, ``inputs.shape[:-1]``."""
+    """Of each row, the sum of its targets times their weights ``[L]``, at least fp32's tiny, ``inputs.shape[:-1]``."""
     inputs = operands.inputs
-    if inputs.numel() == 0:
-        return inputs.new_zeros(inputs.shape[:-1], dtype=spec.compute_dtype)
-    if dispatch.needs_plain_operations():
-        return _row_rates(spec, with_dense_targets(operands), weights)
-    if backend == "triton":
-        shape = inputs.shape[:-1]
+    soft = operands.targets is not None and operands.targets.is_floating_point()
+    if not soft:
+        weights = (weights.double() * _FIXED).round().long()
+    if backend == "triton" and inputs.numel() and not dispatch.needs_plain_operations():
         operands = as_matrices(operands)
-        sums = weights.new_empty(operands.inputs.shape[0])
-        row_sum_launcher(
-            _targets(operands), weights, operands.mask, sums, ignored=spec.ignored, compute_dtype=spec.compute_dtype
-        )
-        return sums.reshape(shape)
+        sums = inputs.new_empty(operands.inputs.shape[0], dtype=spec.compute_dtype)
+        row_sum_launcher(matrices(spec, operands), weights, sums)
+        return sums.reshape(inputs.shape[:-1])
+    sums = _row_sums(spec, operands, weights)
+    sums = sums if soft else (sums.double() / _FIXED).to(spec.compute_dtype)
+    return sums.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+_FIXED = 2**46  # kernels/passes.py has the reason
+
+
+def _row_sums(spec: Spec, operands: Operands, weights: Tensor) -> Tensor:
+    inputs = operands.inputs
     if operands.targets is None:
         crow, col = cast(Tensor, operands.crow), cast(Tensor, operands.col).long()
         row = row_of_label(crow, col)
         values = weights[col]
         if operands.mask is not None:
-            values = torch.where(operands.mask.reshape(len(crow) - 1, -1)[row, col], values, 0.0)
+            values = torch.where(operands.mask.reshape(len(crow) - 1, -1)[row, col], values, 0)
         return weights.new_zeros(len(crow) - 1).index_add(0, row, values).reshape(inputs.shape[:-1])
-    if inputs.numel() <= block_size(inputs):
-        return _row_rates(spec, operands, weights)
+    if dispatch.needs_plain_operations() or inputs.numel() <= block_size(inputs):
+        return _dense_row_sums(spec, operands, weights)
     sums = weights.new_zeros(inputs.shape[:-1].numel())
     for (rows, labels), part in parts(operands):
-        sums[rows] += _row_rates(spec, part, weights[labels])
+        sums[rows] += _dense_row_sums(spec, part, weights[labels])
     return sums.reshape(inputs.shape[:-1])
 
 
-def _row_rates(spec: Spec, operands: Operands, weights: Tensor) -> Tensor:
+def _dense_row_sums(spec: Spec, operands: Operands, weights: Tensor) -> Tensor:
     kept = reference.keep(spec, operands)
-    targets = cast(Tensor, operands.targets).detach().to(spec.compute_dtype)
+    targets = cast(Tensor, operands.targets).detach()
+    if not targets.is_floating_point():
+        positive = targets != 0 if kept is None else (targets != 0) & kept
+        return torch.where(positive, weights, 0).sum(-1)
+    targets = targets.to(spec.compute_dtype)
     return (targets if kept is None else torch.where(kept, targets, 0.0)) @ weights
 
 
@@ -141,28 +145,13 @@ def _histogram(spec: Spec, operands: Operands, bins: int, backend: str) -> Tenso
     if backend == "triton":
         operands = as_matrices(operands)
         counts = operands.inputs.new_empty(num_histograms(operands.inputs.numel()), bins, dtype=torch.int32)
-        histogram_launcher(
-            operands.inputs,
-            _targets(operands),
-            operands.mask,
-            counts,
-            bins=bins,
-            smoothing=spec.smoothing,
-            ignored=spec.ignored,
-            compute_dtype=spec.compute_dtype,
-        )
+        histogram_launcher(matrices(spec, operands), counts, bins=bins, smoothing=spec.smoothing)
         return counts.sum(0)
     histograms = [
         reference.histogram(spec, part, bins, soft=has_soft_labels(cast(Tensor, part.targets)))
         for part in _blocks(operands)
     ]
     return torch.stack(histograms).sum(0)
-
-
-def _targets(operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
-    if operands.targets is None:
-        return cast(Tensor, operands.crow), cast(Tensor, operands.col)
-    return operands.targets
 
 
 def _blocks(operands: Operands) -> Iterator[Operands]:

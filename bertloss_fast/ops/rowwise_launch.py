@@ -8,55 +8,64 @@ from typing import cast
 from torch import Tensor
 
 from ..kernels import combine, parts, rowwise
-from ..reference.rowwise import Saved, known_denominator
+from ..kernels.upstream import Upstream
+from ..reference.rowwise import known_denominator
 from ..reference.sigmoid import Operands, Spec
+from .autograd import Saved
+from .launch import expected_upstream, matrices, upstream_of
 from .operands import as_matrices
+from .upstream import Expected
 
 
-def triton_forward(spec: Spec, operands: Operands, with_grad: bool) -> tuple[Tensor, Saved]:
+def triton_forward(spec: Spec, operands: Operands, expected: Expected | None, with_grad: bool) -> tuple[Tensor, Saved]:
     """The loss, and what backward needs: for ZLPR with a denominator that is known beforehand, the gradient."""
     inputs = operands.inputs
     two_way = spec.formula == "two_way"
     denominator = None if two_way else known_denominator(spec, operands)
     grad = inputs.new_empty(inputs.shape) if with_grad and denominator is not None else None
+    upstream, note = expected_upstream(expected, grad)
     reduced = spec.reduction != "none"
     loss = inputs.new_empty(() if reduced else inputs.shape[:-1], dtype=spec.loss_dtype)
     empty = partial(inputs.new_empty, dtype=spec.compute_dtype)
     operands = as_matrices(operands)
     shape = operands.inputs.shape
-    saved = Saved(grad, empty(2 if two_way else 1) if denominator is None else None)
+    saved = Saved(grad, note, empty(2 if two_way else 1) if denominator is None else None)
     if not two_way and rowwise.fits(shape[1], spec.compute_dtype):
-        of_rows = programs = rowwise.num_programs(shape)
+        row_programs = programs = rowwise.num_programs(shape)
     else:
-        of_rows, programs = combine.num_programs(shape[0], shape[1] if two_way else 0)
+        row_programs, programs = combine.num_programs(shape[0], shape[1] if two_way else 0)
         saved = saved._replace(row_slopes=empty(4, shape[0]), col_slopes=empty(4, shape[1]) if two_way else None)
     losses = empty(programs) if reduced else loss
-    counts = empty(programs) if saved.denominators is not None else None
+    counts = empty(programs) if saved.denominator is not None else None
     if saved.row_slopes is None:
-        _launch_zlpr(spec, operands, denominator, (), None, losses, counts, grad)
+        _launch_zlpr(spec, operands, denominator, (), upstream, losses, counts, grad)
     else:
         _launch_sums(spec, operands, denominator, losses, counts, saved)
         if grad is not None:
-            _launch_gradient(spec, operands, saved, (), None, grad)
+            _launch_gradient(spec, operands, saved, (), upstream, grad)
     if reduced:
-        combine.total_launcher(losses, counts, loss, saved.denominators, of_rows)
+        combine.total_launcher(losses, counts, loss, saved.denominator, row_programs)
     return loss, saved
 
 
-def triton_backward(spec: Spec, operands: Operands, saved: Saved, upstream: Tensor) -> Tensor:
-    """The gradient; a launch that returns at once where it is written and the upstream is 1."""
+def triton_backward(
+    spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
+) -> Tensor:
+    """The gradient; a launch that returns at once where it is written and what came was expected."""
     grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grad is None else saved.grad
     factors: tuple[Tensor, ...] = ()
+    scalar = Upstream()
     if any(upstream.stride()):
-        factors, scalar = (upstream.reshape(-1).contiguous(),), None
+        factors = (upstream.reshape(-1).contiguous(),)
     else:
-        scalar = upstream.as_strided((), ())  # also from sum() or mean(): one value, expanded
+        scalar = upstream_of(upstream, saved, expected)
     written = saved.grad is not None
+    operands = as_matrices(operands)
     if saved.row_slopes is not None:
-        _launch_gradient(spec, as_matrices(operands), saved, factors, scalar, grad, written=written)
+        _launch_gradient(spec, operands, saved, factors, scalar, grad, written=written)
         return grad
-    denominator = known_denominator(spec, operands) if saved.denominators is None else saved.denominators
-    _launch_zlpr(spec, as_matrices(operands), denominator, factors, scalar, None, None, grad, written=written)
+    denominator = known_denominator(spec, operands) if saved.denominator is None else saved.denominator
+    _launch_zlpr(spec, operands, denominator, factors, scalar, None, None, grad, written=written)
     return grad
 
 
@@ -65,12 +74,6 @@ def _count(spec: Spec) -> str:
     if spec.formula == "two_way":
         return "any"
     return "positives" if spec.reduction == "mean_positive" else "elements"
-
-
-def _targets(operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
-    if operands.targets is None:
-        return cast(Tensor, operands.crow), cast(Tensor, operands.col)
-    return operands.targets
 
 
 def _weights(operands: Operands) -> tuple[Tensor, ...]:
@@ -82,7 +85,7 @@ def _launch_zlpr(
     operands: Operands,
     denominator: int | Tensor | None,
     factors: tuple[Tensor, ...],
-    upstream: Tensor | None,
+    upstream: Upstream,
     losses: Tensor | None,
     counts: Tensor | None,
     grad: Tensor | None,
@@ -90,20 +93,16 @@ def _launch_zlpr(
     written: bool = False,
 ) -> None:
     rowwise.zlpr_launcher(
-        operands.inputs,
-        _targets(operands),
-        operands.mask,
+        matrices(spec, operands),
         (*_weights(operands), *factors),
         denominator,
         upstream,
         losses,
         counts,
         grad,
-        reduced=spec.reduction != "none" and losses is not None,
+        reduced=spec.reduction != "none",
         count=_count(spec),
-        ignored=spec.ignored,
         written=written,
-        compute_dtype=spec.compute_dtype,
     )
 
 
@@ -120,20 +119,10 @@ def _launch_sums(
     num_rows, num_labels = inputs.shape
     two_way = spec.formula == "two_way"
     cut = parts.cut(inputs.shape, columns=two_way, compute_dtype=spec.compute_dtype)
-    rows = inputs.new_empty(5, cut.strips, num_rows, dtype=spec.compute_dtype)
+    planes = 5 if _count(spec) == "positives" else 4
+    rows = inputs.new_empty(planes, cut.strips, num_rows, dtype=spec.compute_dtype)
     cols = inputs.new_empty(4, cut.chunks, num_labels, dtype=spec.compute_dtype) if two_way else None
-    parts.partials_launcher(
-        inputs,
-        _targets(operands),
-        operands.mask,
-        rows,
-        cols,
-        cut,
-        temperatures=spec.params,
-        count=_count(spec),
-        ignored=spec.ignored,
-        compute_dtype=spec.compute_dtype,
-    )
+    parts.partials_launcher(matrices(spec, operands), rows, cols, cut, temperatures=spec.params, count=_count(spec))
     combine.combine_launcher(
         spec.formula,
         rows,
@@ -155,25 +144,21 @@ def _launch_gradient(
     operands: Operands,
     saved: Saved,
     factors: tuple[Tensor, ...],
-    upstream: Tensor | None,
+    upstream: Upstream,
     grad: Tensor,
     *,
     written: bool = False,
 ) -> None:
-    two_way = spec.formula == "two_way"
+    columns = saved.col_slopes is not None
     parts.gradient_launcher(
-        operands.inputs,
-        _targets(operands),
-        operands.mask,
+        matrices(spec, operands),
         cast(Tensor, saved.row_slopes),
         saved.col_slopes,
-        saved.denominators,
+        saved.denominator,
         factors,
         upstream,
         grad,
-        parts.cut(operands.inputs.shape, columns=two_way, compute_dtype=spec.compute_dtype),
+        parts.cut(operands.inputs.shape, columns=columns, compute_dtype=spec.compute_dtype),
         temperatures=spec.params,
-        ignored=spec.ignored,
         written=written,
-        compute_dtype=spec.compute_dtype,
     )

@@ -140,14 +140,8 @@ class Slopes(NamedTuple):
     positive_shift: Tensor
     positive: Tensor
 
-
-class Saved(NamedTuple):
-    """What forward leaves for backward, beside the operands."""
-
-    grad: Tensor | None = None  # for an upstream of 1
-    denominators: Tensor | None = None  # where data tell them: one, or those of rows and of columns
-    row_slopes: Tensor | None = None  # [4, N]
-    col_slopes: Tensor | None = None  # [4, L]
+    def divided_by(self, count: Tensor) -> Slopes:
+        return self._replace(negative=self.negative / count, positive=self.positive / count)
 
 
 def line_losses(spec: Spec, negative: Sums, positive: Sums) -> tuple[Tensor, Slopes]:

@@ -1,0 +1,116 @@
+"""Every loss under autograd: the route of a call, what is saved for backward, and the upstream that is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.sigmoid import Operands, Spec
+from . import dispatch
+from .operands import with_dense_targets
+from .upstream import Expected, UpstreamMemory
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward, beside the operands."""
+
+    grad: Tensor | None = None  # written in forward, for the upstream in the note
+    note: Tensor | None = None  # []; None for 1
+    denominator: Tensor | None = None  # where data tell it: [], or in two-way those of rows and of columns
+    row_slopes: Tensor | None = None  # rowwise: [4, N]
+    col_slopes: Tensor | None = None  # two-way: [4, L]
+
+
+class Family(NamedTuple):
+    """What a family of losses has for the routes."""
+
+    plain: Callable[[Spec, Operands], Tensor]
+    """The loss as differentiable operations, on dense targets."""
+
+    forward: Callable[[str, Spec, Operands, Expected | None, bool], tuple[Tensor, Saved]]
+    """The loss by a backend, and what backward needs: the gradient too, if it is wanted, for the upstream expected."""
+
+    backward: Callable[[str, Spec, Operands, Saved, Tensor, Expected | None], Tensor]
+    """The gradient of the inputs; ``Saved.grad`` may become it. What came is left in the place of what was expected."""
+
+
+def compute_loss(
+    family: Family, spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None
+) -> Tensor:
+    """A loss, on valid arguments."""
+    if dispatch.needs_plain_operations() or operands.inputs.numel() == 0:
+        return family.plain(spec, with_dense_targets(operands))
+    targets_require_grad = operands.targets is not None and operands.targets.requires_grad
+    if not torch.is_grad_enabled() or not (operands.inputs.requires_grad or targets_require_grad):
+        return family.forward(backend, spec, operands, None, False)[0]
+    loss: Tensor = _Loss.apply(*operands, spec, family, backend, memory)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, spec, family, backend, memory = arguments
+        loss: Tensor
+        ctx.set_materialize_grads(False)
+        operands = Operands(*tensors)
+        # Whether an upstream is the expected one can be told without a synchronisation by a kernel and by the CPU;
+        # elsewhere backward computes the gradient.
+        with_grad = (
+            ctx.needs_input_grad[0]
+            and spec.reduction != "none"
+            and (backend == "triton" or operands.inputs.device.type == "cpu")
+        )
+        expected = memory.expected(operands.inputs, spec.compute_dtype) if with_grad and memory is not None else None
+        loss, saved = family.forward(backend, spec, operands, expected, with_grad)
+        ctx.spec, ctx.family, ctx.backend, ctx.expected, ctx.handed_out = spec, family, backend, expected, False
+        ctx.save_for_backward(*operands, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return _gradients(None, None)
+        tensors = ctx.saved_tensors
+        operands, saved = Operands(*tensors[: len(Operands._fields)]), Saved(*tensors[len(Operands._fields) :])
+        of_inputs, of_targets = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or dispatch.needs_plain_operations() or dispatch.is_batched(upstream):
+            return _gradients(*_by_autograd(ctx.family, ctx.spec, operands, upstream, of_inputs, of_targets))
+        grad_targets = _by_autograd(ctx.family, ctx.spec, operands, upstream, False, True)[1] if of_targets else None
+        if not of_inputs:
+            return _gradients(None, grad_targets)
+        # A gradient is handed out once: who got it may write to it, and a second backward needs memory of its own.
+        if ctx.handed_out:
+            saved = saved._replace(grad=None, note=None)
+        ctx.handed_out = True
+        grad = ctx.family.backward(ctx.backend, ctx.spec, operands, saved, upstream.resolve_neg(), ctx.expected)
+        # With a version of its own: autograd would take a write to it for one to what it saved.
+        return _gradients(grad.data, grad_targets)
+
+
+def _gradients(of_inputs: Tensor | None, of_targets: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One for each argument of the Function: the operands, and four that are no tensors."""
+    return of_inputs, of_targets, *(None,) * (len(Operands._fields) - 2 + 4)
+
+
+def _by_autograd(
+    family: Family, spec: Spec, operands: Operands, upstream: Tensor, of_inputs: bool, of_targets: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients that can be differentiated again when grad mode is on, and those of soft targets."""
+    create_graph = torch.is_grad_enabled()
+    operands = with_dense_targets(operands)
+    inputs, targets = operands.inputs, operands.targets
+    assert targets is not None
+    with torch.enable_grad():
+        if create_graph:
+            # Aliases, so that the gradient stops at this loss: what led to its inputs is the outer graph's.
+            inputs, targets = inputs.view_as(inputs), targets.view_as(targets)
+        else:
+            inputs, targets = inputs.detach().requires_grad_(of_inputs), targets.detach().requires_grad_(of_targets)
+        loss = family.plain(spec, operands._replace(inputs=inputs, targets=targets))
+    sources = [tensor for tensor, wanted in ((inputs, of_inputs), (targets, of_targets)) if wanted]
+    grads = iter(torch.autograd.grad(loss, sources, upstream, create_graph=create_graph))
+    return next(grads) if of_inputs else None, next(grads) if of_targets else None

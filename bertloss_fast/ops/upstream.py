@@ -1,0 +1,58 @@
+"""The upstream gradient that a module expects: the last one that came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Expected:
+    """A number in []: a kernel writes into it, plain PyTorch puts another tensor in its place."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class UpstreamMemory:
+    """The last upstream gradient of a loss, by device and stream, for the next forward to expect.
+
+    Gradient accumulation divides a loss and GradScaler multiplies it, the same way step after step. A forward that
+    knows the factor writes the gradient with it; one that is wrong costs a second pass, and no accuracy: each forward
+    notes what it wrote for, and backward compares. So a memory may be shared, late, or lost.
+
+    It is no buffer: ``half()`` would make 65536 infinite, and DistributedDataParallel would broadcast it at every step.
+    Copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self._expected: dict[tuple[Any, ...], Expected] = {}
+
+    def expected(self, inputs: Tensor, dtype: torch.dtype) -> Expected | None:
+        """What came last where ``inputs`` are, at first 1; None while a graph is captured that has no memory yet."""
+        device = inputs.device
+        stream = None if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+        key = device, stream, dtype
+        found = self._expected.get(key)
+        if found is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None  # a replay would set it to 1 again
+            found = self._expected[key] = Expected(torch.ones((), dtype=dtype, device=device))
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UpstreamMemory:
+        return UpstreamMemory()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UpstreamMemory, ()
+
+
+def number_that_came(upstream: Tensor, expected: Expected | None) -> float | None:
+    """An upstream gradient of a scalar loss on the CPU, where a look is free; and the next forward expects it."""
+    if upstream.device.type != "cpu" or upstream.dim():
+        return None
+    number = upstream.item()
+    if expected is not None and number != expected.value.item():
+        expected.value = upstream.to(expected.value.dtype)
+    return number
