@@ -128,8 +128,8 @@ def distribution_balanced(
 ) -> Tensor:
     """The distribution-balanced loss as its paper and timm state it, with the values that timm has by default."""
     counts = class_counts.to(x.dtype).clamp(1, num_samples - 1)
-    inverse = (1 / counts).float().to(x.dtype)  # as the buffers of both have it
-    shift = (-(num_samples / counts - 1).log() * 0.05 / neg_scale).float().to(x.dtype)
+    inverse = (1 / counts).to(x.dtype)
+    shift = (-(num_samples / counts - 1).log() * 0.05 / neg_scale).to(x.dtype)
     rate = (given.detach() * inverse).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     weight = torch.sigmoid(10 * (inverse / rate - 0.2)) + 0.1
     z = x + shift

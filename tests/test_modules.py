@@ -103,6 +103,25 @@ def test_deprecated_arguments_as_in_torch(size_average: bool | None, reduce: boo
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("option", ["weight", "pos_weight", "label_smoothing", "ignore_index", "backend", "smoothing"])
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_call_does_not_take(name: str, option: str) -> None:
+    """Nothing is taken and then ignored."""
+    x = torch.zeros(5, L)
+    with pytest.raises(TypeError, match=option):
+        MODULES[name]()(x, x.bool(), **{option: 1})
+
+
+def test_counts_stay_fp32(device: torch.device) -> None:
+    """65536 elements of a bin are infinite in fp16, and would weigh nothing from then on."""
+    module = bf.GHMLoss().to(device)
+    x, y = torch.zeros(300, 300, device=device), torch.zeros(300, 300, dtype=torch.bool, device=device)
+    expected = [module(x, y).item() for _ in range(3)]
+    module = bf.GHMLoss().half().to(device)
+    assert module.running_counts.dtype == torch.float32
+    torch.testing.assert_close([module(x.half(), y).item() for _ in range(3)], expected, rtol=1e-4, atol=0)
+
+
 def test_to_moves_and_casts_the_weights(device: torch.device) -> None:
     module = MODULES["focal-by-label"]().to(device, torch.float64)
     assert {(buffer.device.type, buffer.dtype) for buffer in module.buffers()} == {(device.type, torch.float64)}

@@ -110,6 +110,38 @@ def test_sparse_labels_are_their_dense_twin(loss: str, dtype: torch.dtype, backe
                 torch.testing.assert_close(value, true_value, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("loss", ["balanced", "ghm"])
+def test_sparse_labels_are_their_dense_twin_in_long_rows(loss: str, backend: str, device: torch.device) -> None:
+    """What a batch or a row tells of its targets adds up to the same, bit for bit, in either form."""
+    function = LOSSES[loss].function
+    options = {"class_counts": torch.arange(1, 302), "num_samples": 400} if loss == "balanced" else {}
+    dense = uniform(9, 301, device=device) < 0.1
+    x = logits(9, 301, device=device, dtype=torch.float32)
+    results = [
+        value_and_grad(function(x, labels, reduction="none", backend=backend, **to(options, device)), x)
+        for labels in (dense, bf.SparseLabels.from_dense(dense))
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+@pytest.mark.parametrize("loss", ["bce", "focal-2.0", "balanced", "ghm"])
+def test_what_is_masked_may_hold_anything(loss: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    function, _, options = LOSSES[loss]
+    mask = OPTIONS["mask"]["mask"].to(device)
+    x, y = logits(*mask.shape, device=device), (uniform(*mask.shape, device=device) < 0.3).to(dtype)
+    run = functools.partial(function, mask=mask, reduction="mean", backend=backend, **to(options, device))
+    expected = value_and_grad(run(x, y), x)
+    torch.testing.assert_close(value_and_grad(run(x, torch.where(mask, y, -100)), x), expected, rtol=0, atol=0)
+
+
+def test_a_normalizer_tensor_of_0_is_a_division_by_0(backend: str, device: torch.device) -> None:
+    """Nobody looks into it: it may lie on a GPU."""
+    x, zero = logits(2, 3, device=device, dtype=torch.float32), torch.zeros((), device=device)
+    loss = bf.sigmoid_focal_loss(x, x.detach() > 0, reduction="sum", normalizer=zero, backend=backend)
+    assert not loss.isfinite()
+
+
 # Rows shorter and longer than a tile, labels at its edges, and more in it than are marked at a time.
 @pytest.mark.parametrize(("num_labels", "every"), [(3, 2), (100, 7), (1000, 1), (2048, 64), (5000, 999), (4097, 3)])
 def test_labels_of_a_tile(num_labels: int, every: int, device: torch.device) -> None:

@@ -86,6 +86,25 @@ def test_asymmetric_in_fp32(params: str, positive: bool, backend: str, device: t
     assert relative_error(grad, true_grad).max() <= 2e-5
 
 
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("params", ASL)
+def test_asymmetric_in_16_bits(
+    params: str, dtype: torch.dtype, positive: bool, backend: str, device: torch.device
+) -> None:
+    """Also where a negative is sure to be wrong: what is left of its probability is the slope."""
+    gamma_neg, gamma_pos, clip = ASL[params]
+    x = torch.tensor([v for v in LOGITS if positive or not clip or v > -1], dtype=dtype).unique()
+    clip_of_fp32 = float(torch.tensor(clip))
+    pairs = [oracles.exact_asymmetric(v, positive, gamma_neg, gamma_pos, clip_of_fp32) for v in x.tolist()]
+    true_grad = torch.tensor([float(grad) for _, grad in pairs], dtype=torch.float64)
+    leaf = x.to(device).requires_grad_()
+    targets = torch.full(x.shape, positive, device=device)
+    loss = bf.asymmetric_loss(leaf, targets, gamma_neg, gamma_pos, clip, "sum", backend=backend)
+    limit = {torch.bfloat16: 2**-8 + 1e-4, torch.float16: 2**-11 + 2e-4}[dtype]
+    assert relative_error(torch.autograd.grad(loss, leaf)[0], true_grad).max() <= limit
+
+
 def test_asymmetric_at_a_missed_positive(backend: str, device: torch.device) -> None:
     """Where a clamped logarithm has no gradient left."""
     x = torch.tensor([-25.0], device=device, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -133,9 +134,10 @@ def _launch(
     )
 
 
-def _number(count: int | Tensor) -> float | Tensor:
-    """A denominator as a number where a look is free: it then goes into the class weights."""
-    return count.item() if isinstance(count, Tensor) and count.device.type == "cpu" else count
+def _inverse(count: int | Tensor) -> float | Tensor:
+    """1 over the denominator, as a number where a look is free: it then goes into the class weights."""
+    number = count.item() if isinstance(count, Tensor) and count.device.type == "cpu" else count
+    return 1 / number if isinstance(number, Tensor) or number else math.inf
 
 
 def _eager_forward(
@@ -144,9 +146,9 @@ def _eager_forward(
     """The closed forms of ``reference``, on the CPU block by block."""
     inputs = operands.inputs
     reduced = spec.reduction != "none"
-    scale = 1 / _number(count)
-    upstream = None if expected is None else expected.value.item()
-    note = None if expected is None else expected.value
+    scale = _inverse(count)
+    note = None if expected is None else expected.value  # once: another thread may put another in its place
+    upstream = None if note is None else note.item()
     if inputs.numel() <= block_size(inputs):
         values, slopes = _eager_block(spec, operands, scale, upstream, with_grad)
         loss = values.sum() if reduced else values
@@ -172,7 +174,7 @@ def _eager_backward(
     number = number_that_came(upstream, expected)
     if saved.grad is not None and number == (1 if saved.note is None else saved.note.item()):
         return saved.grad
-    scale: float | Tensor = 1 / _number(count)
+    scale: float | Tensor = _inverse(count)
     if number is None:
         scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale
     if inputs.numel() <= block_size(inputs):
