@@ -122,7 +122,8 @@ class Pass(NamedTuple):
         if self.kind == "sum":
             passes.sum_launcher(_empty(8192), _empty((), dtype=self.inputs), denominator=self.denominator)
         elif self.kind == "row sums":
-            passes.row_sum_launcher(matrices, _empty(num_labels, dtype=dtype), _empty(rows, dtype=dtype))
+            weights = _empty(num_labels, dtype=dtype if self.targets == torch.float32 else torch.int64)
+            passes.row_sum_launcher(matrices, weights, _empty(rows, dtype=dtype))
         elif self.kind == "histogram":
             counts = _empty(8, 30, dtype=torch.int32)
             passes.histogram_launcher(matrices, counts, bins=30, smoothing=self.smoothing)
@@ -341,6 +342,7 @@ PASSES: dict[str, Pass] = {
     "positives float": Pass("positives", targets=torch.float32),
     "positives mask": Pass("positives", mask=True),
     "row sums": Pass("row sums"),
+    "row sums float": Pass("row sums", targets=torch.float32),
     "row sums sparse": Pass("row sums", targets="sparse"),
     "histogram": Pass("histogram"),
     "histogram fp32": Pass("histogram", inputs=torch.float32),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import bertloss_fast as bf
 from bertloss_fast.ops import sigmoid
-from bertloss_fast.ops.autograd import Saved
+from bertloss_fast.ops.families import Saved
 
 ALPHAS = {"none": None, "number": 0.3, "by-label": torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)}
 GRADCHECK_WEIGHTS = {

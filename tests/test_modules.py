@@ -139,51 +139,6 @@ def test_autocast_gives_torch_s_dtype(device: torch.device, backend: str) -> Non
     torch.testing.assert_close(ours, theirs)
 
 
-TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
-    "grad": lambda f, x: torch.func.grad(f)(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
-    "hessian": lambda f, x: torch.func.hessian(f)(x),
-    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
-    "vmap-grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
-    "compile": lambda f, x: torch.compile(f, fullgraph=True, backend="aot_eager")(x),
-    "forward-mode": lambda f, x: torch.autograd.functional.jvp(f, x, torch.ones_like(x))[1],
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("loss", ["bce", "focal", "sparse"])
-def test_inside_what_torch_transforms(loss: str, transform: str, device: torch.device) -> None:
-    """Plain operations whatever the backend: what is asked is that none of the kernels' autograd gets in the way."""
-    x, y = batch(device, torch.float64)
-    x = x.detach()
-    labels = bf.SparseLabels.from_dense(y)
-    indices = labels.crow_indices, labels.col_indices
-
-    def ours(x: Tensor) -> Tensor:
-        if loss == "bce":
-            return bf.binary_cross_entropy_with_logits(x, y)
-        if loss == "sparse":
-            return bf.sigmoid_focal_loss(x, bf.SparseLabels(*indices, y.shape), reduction="mean")
-        return bf.sigmoid_focal_loss(x, y, reduction="mean")
-
-    def theirs(x: Tensor) -> Tensor:
-        q = torch.where(y, (-x).sigmoid(), x.sigmoid())
-        weight = 1 if loss == "bce" else q**2 * torch.where(y, 0.25, 0.75)
-        return (weight * -(1 - q).log()).mean()
-
-    torch.testing.assert_close(TRANSFORMS[transform](ours, x), TRANSFORMS[transform](theirs, x))
-
-
-def test_gradient_of_a_compiled_loss(device: torch.device) -> None:
-    x, y = batch(device)
-    module = bf.SigmoidFocalLoss(reduction="mean")
-    (expected,) = torch.autograd.grad(module(x, y), x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # Dynamo's way to say that it does not trust what it sees
-        (grad,) = torch.autograd.grad(torch.compile(module, fullgraph=True, backend="aot_eager")(x, y), x)
-    torch.testing.assert_close(grad, expected)
-
-
 def test_gradient_accumulation_and_a_scaled_loss(device: torch.device, backend: str) -> None:
     """What GradScaler and transformers' Trainer do: scale the loss in place, and add gradients up."""
     x, y = batch(device)

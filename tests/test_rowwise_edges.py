@@ -11,7 +11,7 @@ import pytest
 import torch
 from bertloss_fast.kernels import parts
 from cases import DOUBLE, TOLERANCE, logits, uniform, value_and_grad
-from test_rowwise import LOSSES, two_way, zlpr
+from test_rowwise import LOSSES, zlpr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -206,48 +206,6 @@ def test_strides_and_leading_dimensions(loss: str, backend: str, device: torch.d
     for targets in (y, y.int(), bf.SparseLabels.from_dense(y.reshape(6, 9))):
         ours = value_and_grad(function(x, targets, backend=backend, **options), x)
         torch.testing.assert_close(ours, (value, grad.reshape(2, 3, 9)), **DOUBLE)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_transforms(loss: str, device: torch.device) -> None:
-    """torch.func, forward-mode autograd and torch.compile."""
-    function, oracle, options = LOSSES[loss]
-    y = uniform(3, 5, device=device) < 0.4
-    x, tangent = logits(3, 5, device=device).detach(), uniform(3, 5, device=device, seed=6)
-
-    def ours(x: Tensor) -> Tensor:
-        return function(x, y, **options)
-
-    def theirs(x: Tensor) -> Tensor:
-        return oracle(x, y, **options)
-
-    leaf = x.clone().requires_grad_()
-    value, grad = value_and_grad(theirs(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(ours)(x), grad, **DOUBLE)
-    torch.testing.assert_close(torch.func.jvp(ours, (x,), (tangent,))[1], (grad * tangent).sum(), **DOUBLE)
-    hessian = torch.autograd.functional.hessian(theirs, x)
-    torch.testing.assert_close(torch.func.hessian(ours)(x), hessian, **DOUBLE)
-    batch = torch.stack([x, x])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(ours))(batch), torch.stack([grad, grad]), **DOUBLE)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        slope = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent
-    torch.testing.assert_close(slope, (grad * tangent).sum(), **DOUBLE)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(value_and_grad(compiled(leaf), leaf), (value, grad), **DOUBLE)
-
-
-def test_compiled_with_sparse_labels_and_options(device: torch.device) -> None:
-    y, mask = uniform(3, 5, device=device) < 0.4, uniform(3, 5, device=device, seed=7) < 0.7
-    x = logits(3, 5, device=device)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def loss(x: Tensor, labels: bf.SparseLabels, mask: Tensor) -> Tensor:
-        return bf.zlpr_loss(x, labels, "mean_positive", mask=mask) + bf.two_way_loss(x, labels, mask=mask)
-
-    expected = zlpr(x, y, "mean_positive", mask=mask) + two_way(x, y, mask=mask)
-    ours = value_and_grad(loss(x, bf.SparseLabels.from_dense(y), mask), x)
-    torch.testing.assert_close(ours, value_and_grad(expected, x), **DOUBLE)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.sigmoid import Operands, Spec
 from . import dispatch
+from .compiled import compiled_gradient, compiled_loss
+from .families import Family, Saved
 from .operands import with_dense_targets
-from .upstream import Expected, UpstreamMemory
-
-
-class Saved(NamedTuple):
-    """What forward leaves for backward, beside the operands."""
-
-    grad: Tensor | None = None  # written in forward, for the upstream in the note
-    note: Tensor | None = None  # []; None for 1
-    denominator: Tensor | None = None  # where data tell it: [], or in two-way those of rows and of columns
-    row_slopes: Tensor | None = None  # rowwise: [4, N]
-    col_slopes: Tensor | None = None  # two-way: [4, L]
-
-
-class Family(NamedTuple):
-    """What a family of losses has for the routes."""
-
-    plain: Callable[[Spec, Operands], Tensor]
-    """The loss as differentiable operations, on dense targets."""
-
-    forward: Callable[[str, Spec, Operands, Expected | None, bool], tuple[Tensor, Saved]]
-    """The loss by a backend, and what backward needs: the gradient too, if it is wanted, for the upstream expected."""
-
-    backward: Callable[[str, Spec, Operands, Saved, Tensor, Expected | None], Tensor]
-    """The gradient of the inputs; ``Saved.grad`` may become it. What came is left in the place of what was expected."""
+from .upstream import UpstreamMemory
 
 
 def compute_loss(
     family: Family, spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None
 ) -> Tensor:
     """A loss, on valid arguments."""
-    if dispatch.needs_plain_operations() or operands.inputs.numel() == 0:
-        return family.plain(spec, with_dense_targets(operands))
     targets_require_grad = operands.targets is not None and operands.targets.requires_grad
+    if dispatch.needs_plain_operations() or operands.inputs.numel() == 0:
+        # The compiler makes one kernel of plain operations, and two of what they reduce; ours are fewer passes.
+        if backend == "triton" and not targets_require_grad and dispatch.can_keep_operators():
+            return compiled_loss(family.name, spec, operands)
+        return family.plain(spec, with_dense_targets(operands))
     if not torch.is_grad_enabled() or not (operands.inputs.requires_grad or targets_require_grad):
         return family.forward(backend, spec, operands, None, False)[0]
     loss: Tensor = _Loss.apply(*operands, spec, family, backend, memory)  # type: ignore[no-untyped-call]
@@ -77,6 +58,9 @@ class _Loss(torch.autograd.Function):
         tensors = ctx.saved_tensors
         operands, saved = Operands(*tensors[: len(Operands._fields)]), Saved(*tensors[len(Operands._fields) :])
         of_inputs, of_targets = ctx.needs_input_grad[:2]
+        if dispatch.can_keep_operators() and not of_targets and not torch.is_grad_enabled():
+            gradient = compiled_gradient(ctx.backend, ctx.family.name, ctx.spec, operands, saved, upstream)
+            return _gradients(gradient, None)
         if torch.is_grad_enabled() or dispatch.needs_plain_operations() or dispatch.is_batched(upstream):
             return _gradients(*_by_autograd(ctx.family, ctx.spec, operands, upstream, of_inputs, of_targets))
         grad_targets = _by_autograd(ctx.family, ctx.spec, operands, upstream, False, True)[1] if of_targets else None

@@ -89,6 +89,15 @@ def needs_plain_operations() -> bool:
     )
 
 
+def can_keep_operators() -> bool:
+    """Whether a graph is being compiled that nothing but backward differentiates: there an operator can stand whole."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
 def is_batched(upstream: torch.Tensor) -> bool:
     """Whether a gradient stands for many at once, as `torch.autograd.grad(..., is_grads_batched=True)` makes them."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(upstream))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..kernels.elements import Matrices
 from ..kernels.upstream import Upstream
 from ..reference.sigmoid import Operands, Spec
-from .autograd import Saved
+from .families import Saved
 from .upstream import Expected
 
 

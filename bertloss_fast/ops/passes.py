@@ -30,15 +30,23 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+def is_counted(spec: Spec, operands: Operands) -> bool:
+    """Whether the denominator depends on data."""
+    if operands.normalizer is not None:
+        return False
+    may_ignore = operands.mask is not None or spec.ignored is not None
+    if spec.reduction == "mean_positive":
+        return operands.targets is not None or may_ignore  # of sparse labels, their number is known
+    return spec.reduction == "mean" and may_ignore
+
+
 def denominator(spec: Spec, operands: Operands, backend: str) -> int | Tensor:
     """What the sum of the losses is divided by; a number where it does not depend on data."""
-    counted = operands.mask is not None or spec.ignored is not None
-    by_data = (spec.reduction == "mean" and counted) or spec.reduction == "mean_positive"
-    if operands.normalizer is not None or not by_data or operands.inputs.numel() == 0:
+    if spec.reduction == "mean_positive" and operands.targets is None and operands.normalizer is None:
+        return _num_labels(spec, cast(Tensor, operands.crow), cast(Tensor, operands.col), operands.mask)
+    if operands.inputs.numel() == 0 or not is_counted(spec, operands):
         return reference.denominator(spec, operands)
     positives = spec.reduction == "mean_positive"
-    if positives and operands.targets is None:
-        return _num_labels(spec, cast(Tensor, operands.crow), cast(Tensor, operands.col), operands.mask)
     if backend == "triton":
         operands = as_matrices(operands)
         partials = operands.inputs.new_empty(num_partials(operands.inputs.numel()), dtype=spec.compute_dtype)

@@ -13,13 +13,15 @@ from ..reference import rowwise as reference
 from ..reference.rowwise import Classes, Slopes, Sums
 from ..reference.sigmoid import Operands, Spec
 from . import dispatch
-from .autograd import Family, Saved, compute_loss
+from .autograd import compute_loss
 from .blocks import block_size
+from .families import Family, Saved, Shape, register
 from .operands import as_matrices, with_dense_targets
 from .sparse import dense_block
 from .upstream import Expected, UpstreamMemory, number_that_came
 
 if dispatch.TRITON_ERROR is None:
+    from ..kernels.rowwise import fits
     from .rowwise_launch import triton_backward, triton_forward
 
 
@@ -42,7 +44,24 @@ def _backward(
     return backward(spec, operands, saved, upstream, expected)
 
 
-_FAMILY = Family(reference.loss, _forward, _backward)
+def _loss_shape(spec: Spec, operands: Operands) -> Shape:
+    return tuple(operands.inputs.shape[:-1]) if spec.reduction == "none" else ()
+
+
+def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape | None, Shape | None]:
+    """Of the kernels."""
+    num_rows, num_labels = operands.inputs.shape[:-1].numel(), operands.inputs.shape[-1]
+    if spec.formula == "two_way":
+        return (2,), (4, num_rows), (4, num_labels)
+    in_parts = not fits(num_labels, spec.compute_dtype)
+    return (
+        (1,) if reference.known_denominator(spec, operands) is None else None,
+        (4, num_rows) if in_parts else None,
+        None,
+    )
+
+
+_FAMILY = register(Family("rowwise", reference.loss, _forward, _backward, _loss_shape, _saved_shapes))
 
 
 def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:

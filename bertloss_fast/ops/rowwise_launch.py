@@ -11,7 +11,7 @@ from ..kernels import combine, parts, rowwise
 from ..kernels.upstream import Upstream
 from ..reference.rowwise import known_denominator
 from ..reference.sigmoid import Operands, Spec
-from .autograd import Saved
+from .families import Saved
 from .launch import expected_upstream, matrices, upstream_of
 from .operands import as_matrices
 from .upstream import Expected

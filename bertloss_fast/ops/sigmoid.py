@@ -12,10 +12,11 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from ..reference import sigmoid as reference
 from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
-from .autograd import Family, Saved, compute_loss
+from .autograd import compute_loss
 from .blocks import block_size, has_soft_labels
+from .families import Family, Saved, Shape, register
 from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
-from .passes import denominator
+from .passes import denominator, is_counted
 from .upstream import Expected, UpstreamMemory, number_that_came
 
 if dispatch.TRITON_ERROR is None:
@@ -62,7 +63,15 @@ def _backward(
     return backward(spec, operands, saved, count, upstream, expected)
 
 
-_FAMILY = Family(_plain, _forward, _backward)
+def _loss_shape(spec: Spec, operands: Operands) -> Shape:
+    return tuple(operands.inputs.shape) if spec.reduction == "none" else ()
+
+
+def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape | None, Shape | None]:
+    return () if is_counted(spec, operands) else None, None, None
+
+
+_FAMILY = register(Family("sigmoid", _plain, _forward, _backward, _loss_shape, _saved_shapes))
 
 
 def _triton_forward(
