@@ -5,17 +5,24 @@ BIN := $(VENV)/bin
 # On a machine without CUDA, TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" saves gigabytes.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+OLD_TORCH ?= torch==2.11.0
 OUT ?= bench/results
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-full lint format bench gpu wheels clean
+.PHONY: demo test test-full test-old-torch lint format bench gpu wheels clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_multilabel.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The table of docs/compatibility.md with the oldest torch that is supported, in an environment of its own (gigabytes of
+# CUDA libraries; OLD_TORCH="torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu" saves them).
+test-old-torch:
+	$(MAKE) VENV=.venv-old TORCH="$(OLD_TORCH)" TRITON='triton==3.6.0 "numpy<2.4"' .venv-old/installed
+	.venv-old/bin/python -m pytest tests/test_features.py tests/test_upstream.py tests/test_autograd.py
 
 test-full: lint
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest

@@ -174,6 +174,9 @@ def load_tile(operands, first_row, start, num_rows, LAUNCH: tl.constexpr, ROWS: 
     """The tile from a row and a column on."""
     row = first_row + tl.arange(0, ROWS)[:, None]
     col = start + tl.arange(0, BLOCK)[None, :]
+    if LAUNCH.wide:
+        row = row.to(tl.int64)
+        col = col.to(tl.int64)
     valid = (row < num_rows) & (col < LAUNCH.num_labels)
     place = Place(row * LAUNCH.num_labels + col, row, col, valid, LAUNCH.num_labels)
     x = load(operands.inputs, place, 0.0, LAUNCH.dtype)

@@ -58,6 +58,11 @@ LOSSES = {
     ),
     "ghm": Loss(bf.ghm_loss, oracles.ghm, {"bins": 11}),
 }
+ROWWISE = {
+    "zlpr": Loss(bf.zlpr_loss, oracles.zlpr, {}),
+    "two-way": Loss(bf.two_way_loss, oracles.two_way, {}),
+    "two-way-scaled": Loss(bf.two_way_loss, oracles.two_way, {"tp": 2.0, "tn": 0.5}),
+}
 # Losses with weights that follow the batch: no function of one logit and one label.
 OF_THE_BATCH = ("balanced", "balanced-bce", "ghm")
 # Each regime catches what the others let through: hard labels take the short formula, soft ones the long one.

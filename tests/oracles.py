@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import mpmath
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -189,3 +192,76 @@ def exact_asymmetric(
         return -(r**gamma_neg) * mpmath.log(1 - r)
 
     return exact_derivative(loss, x)
+
+
+def as_hard(targets: Tensor | SparseLabels, shape: torch.Size) -> Tensor:
+    if isinstance(targets, SparseLabels) or targets.layout == torch.sparse_csr:
+        targets = targets.to_dense().reshape(shape)
+    return targets > 0.5
+
+
+def zlpr(
+    x: Tensor,
+    targets: Tensor | SparseLabels,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """The definition, row by row, over the elements that count."""
+    positive = as_hard(targets, x.shape)
+    kept = torch.ones_like(positive) if mask is None else mask
+    if ignore_index is not None:
+        kept = kept & (targets != ignore_index)
+    losses = []
+    for row, is_positive, counts in zip(x, positive, kept, strict=True):
+        negatives, positives = row[counts & ~is_positive], row[counts & is_positive]
+        losses.append(torch.log1p(negatives.exp().sum()) + torch.log1p((-positives).exp().sum()))
+    loss = torch.stack(losses)
+    if sample_weight is not None:
+        loss = loss * sample_weight
+    if reduction == "none":
+        return loss
+    rows = max(int(kept.any(1).sum()), 1)
+    count = {"sum": 1, "mean": rows, "batchmean": rows, "mean_positive": max(int((positive & kept).sum()), 1)}
+    return loss.sum() / (count[reduction] if normalizer is None else normalizer)
+
+
+def two_way(
+    x: Tensor,
+    targets: Tensor | SparseLabels,
+    tp: float = 4.0,
+    tn: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """The definition, line by line: rows, and then columns."""
+    positive = as_hard(targets, x.shape)
+    kept = torch.ones_like(positive) if mask is None else mask
+    if ignore_index is not None:
+        kept = kept & (targets != ignore_index)
+    total = 0 * x.sum()
+    for values, is_positive, counts in ((x, positive, kept), (x.T, positive.T, kept.T)):
+        losses = []
+        for line, p, k in zip(values, is_positive, counts, strict=True):
+            if (p & k).any() and (~p & k).any():
+                hardest = tp * torch.logsumexp(-line[p & k] / tp, 0) + tn * torch.logsumexp(line[~p & k] / tn, 0)
+                losses.append(F.softplus(hardest, threshold=40))
+        lines = int((is_positive & counts).any(1).sum())
+        total = total + (torch.stack(losses).sum() if losses else 0.0) / max(lines, 1)
+    return total
+
+
+def timm_file(name: str) -> ModuleType:
+    """One file of timm's losses: importing timm itself would ask for torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("timm is not installed: pip install --no-deps timm")
+    path = f"{spec.submodule_search_locations[0]}/loss/{name}.py"
+    file_spec = importlib.util.spec_from_file_location(f"timm_{name}", path)
+    assert file_spec is not None
+    assert file_spec.loader is not None
+    module = importlib.util.module_from_spec(file_spec)
+    file_spec.loader.exec_module(module)
+    return module

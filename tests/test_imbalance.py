@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import oracles
 import pytest
 import torch
 from cases import LABELS, logits, uniform, value_and_grad
+from oracles import timm_file
 from torch import nn
 
 import bertloss_fast as bf
@@ -53,20 +52,6 @@ def test_ghm_in_every_dtype(dtype: torch.dtype, backend: str, device: torch.devi
     true_value, true_grad = value_and_grad(oracles.ghm(exact, y, reduction="mean", bins=bins), exact)
     torch.testing.assert_close(value, true_value.float(), rtol=1e-4, atol=0)
     torch.testing.assert_close(grad, true_grad.to(dtype), rtol=2**-7, atol=1e-6)
-
-
-def timm_file(name: str) -> ModuleType:
-    """One file of timm's losses: importing timm itself would ask for torchvision."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("timm is not installed: pip install --no-deps timm")
-    path = f"{spec.submodule_search_locations[0]}/loss/{name}.py"
-    file_spec = importlib.util.spec_from_file_location(f"timm_{name}", path)
-    assert file_spec is not None
-    assert file_spec.loader is not None
-    module = importlib.util.module_from_spec(file_spec)
-    file_spec.loader.exec_module(module)
-    return module
 
 
 TIMM: dict[str, tuple[str, Callable[..., nn.Module], str, tuple[Any, ...], dict[str, Any]]] = {

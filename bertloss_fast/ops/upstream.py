@@ -23,7 +23,16 @@ class UpstreamMemory:
     notes what it wrote for, and backward compares. So a memory may be shared, late, or lost.
 
     It is no buffer: ``half()`` would make 65536 infinite, and DistributedDataParallel would broadcast it at every step.
-    Copies and pickles of it are empty.
+    Copies and pickles of it are empty. Every module of this package has one; to a function it is handed.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import UpstreamMemory, sigmoid_focal_loss
+        >>> memory, logits = UpstreamMemory(), torch.zeros(4, 5, requires_grad=True)
+        >>> for _ in range(8):  # from the second on, forward writes what backward needs
+        ...     loss = sigmoid_focal_loss(logits, logits > 1, reduction="mean", upstream_memory=memory)
+        ...     (loss / 8).backward()
     """
 
     def __init__(self) -> None:
