@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
+from ..ops.blocks import has_soft_labels
 from ..ops.sigmoid import sigmoid_loss
 from ..ops.upstream import UpstreamMemory
 from ..reference.sigmoid import Operands, Spec
@@ -85,8 +86,11 @@ def prepare(
     inputs_name, targets_name = ("input", "target") if as_torch else ("inputs", "targets")
     check_mask(mask, inputs_name, inputs)
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
-    if dense is not None and not as_torch:
-        check_probabilities(targets_name, dense, ignore_index, mask)
+    soft = None
+    if dense is not None and dispatch.can_check_values(dense.device):
+        soft = has_soft_labels(dense)
+        if soft and not as_torch:
+            check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)
     alpha_number, alpha_tensor = _alpha(alpha, inputs)
     check_weight(weight, inputs_name, inputs, broadcast=as_torch)
@@ -100,6 +104,7 @@ def prepare(
         reduction=reduction,
         compute_dtype=torch.float64 if _has_dtype(torch.float64, inputs, dense) else torch.float32,
         loss_dtype=_loss_dtype(inputs, dense, reduction, as_torch),
+        soft=soft,
     )
     operands = Operands(
         inputs,

@@ -18,7 +18,7 @@ from .families import FAMILIES, Saved
 _OPERANDS = "Tensor inputs, " + ", ".join(f"Tensor? {name}" for name in Operands._fields[1:])
 _SPEC = (
     "str formula, float[] params, float? alpha_of_all, float smoothing, float? ignored, str reduction, "
-    "ScalarType compute_dtype, ScalarType loss_dtype"
+    "ScalarType compute_dtype, ScalarType loss_dtype, bool? soft"
 )
 _NUM_OPERANDS = len(Operands._fields)
 _SAVED = ("denominator", "row_slopes", "col_slopes")

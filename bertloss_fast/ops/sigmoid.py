@@ -36,10 +36,15 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
     inputs = operands.inputs
     if spec.formula in _SHORT and backend == "eager" and inputs.device.type == "cpu" and inputs.numel() <= _SMALL:
         operands = with_dense_targets(operands)
-        targets = cast(Tensor, operands.targets)
-        soft = targets.is_floating_point() if dispatch.needs_plain_operations() else has_soft_labels(targets)
-        return reference.loss(spec, operands, soft=soft)
+        return reference.loss(spec, operands, soft=_is_soft(spec, cast(Tensor, operands.targets)))
     return compute_loss(_FAMILY, spec, operands, backend, memory)
+
+
+def _is_soft(spec: Spec, targets: Tensor) -> bool:
+    """Whether the longer formula is needed."""
+    if not targets.is_floating_point() or dispatch.needs_plain_operations():
+        return targets.is_floating_point()
+    return has_soft_labels(targets) if spec.soft is None else spec.soft
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
@@ -208,5 +213,5 @@ def _eager_block(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     operands = with_dense_targets(operands)
-    soft = has_soft_labels(cast(Tensor, operands.targets))
+    soft = _is_soft(spec, cast(Tensor, operands.targets))
     return reference.elementwise(spec, operands, scale=scale, upstream=upstream, soft=soft, slope=with_grad, out=out)

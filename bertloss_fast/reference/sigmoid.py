@@ -21,6 +21,7 @@ class Spec(NamedTuple):
     reduction: str
     compute_dtype: torch.dtype
     loss_dtype: torch.dtype
+    soft: bool | None = None  # whether targets are other than 0 and 1; None where nobody has looked
 
 
 class Operands(NamedTuple):
