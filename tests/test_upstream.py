@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -153,6 +154,49 @@ def test_copies_remember_nothing(make: Callable[[], nn.Module], device: torch.de
         torch.testing.assert_close(other(x, y), gradient(make, x, y)[0])
 
 
+def test_a_mean_over_a_hundred_million_elements_in_fp16(device: torch.device) -> None:
+    """1 / N is below all that fp16 has; the scaler's factor is folded in before anything is rounded."""
+    shape, scale = (1024, 100_000), 2.0**24
+    x = torch.linspace(-6, 6, shape[1], dtype=torch.float16, device=device).repeat(shape[0], 1).requires_grad_()
+    y = torch.zeros(shape, dtype=torch.bool, device=device)
+    y[:, ::1000] = True
+    backend = "eager" if device.type == "cpu" else "triton"  # the interpreter would take minutes
+    module = bf.SigmoidFocalLoss(None, reduction="mean", backend=backend)
+    exact = x[:1].detach().double().requires_grad_()
+    (true,) = torch.autograd.grad(module(exact, y[:1]), exact)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(scale * module(x, y), x)
+        torch.testing.assert_close(grad[-1], (scale / shape[0] * true[0]).half(), rtol=2**-10, atol=2**-24)
+    assert grad[-1].count_nonzero() > 0.4 * shape[1]  # the others are as small as 1e-12 without the scale
+
+
+def test_inside_distributed_data_parallel(device: torch.device, backend: str, tmp_path: Path) -> None:
+    """What a module remembers is no buffer, so that nothing of it is sent."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Trained(bf.SigmoidFocalLoss(reduction="mean", backend=backend)).to(device)
+        plain = copy.deepcopy(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        features, y = uniform(5, 8, device=device).float(), uniform(5, 6, device=device, seed=4) < 0.4
+        for factor in (1.0, 0.25, 0.25):
+            (factor * parallel(features, y)).backward()
+            (factor * plain(features, y)).backward()
+        torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+        assert not list(model.loss.buffers())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Trained(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.head, self.loss = nn.Linear(8, 6), loss
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.loss(self.head(features), targets)
+        return loss
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
 def test_16_bit_gradients_are_rounded_once(upstream: float, backend: str, device: torch.device) -> None:
     """In fp16, a hundred thousand labels leave a mean's gradient nothing but the scaler's factor."""
@@ -210,6 +254,7 @@ TRAFFIC = {
     "a module of rows": (bf.ZlprLoss(), (1, 0.25, 0.25), (5, 10, 5)),
     "a function": (partial(bf.sigmoid_focal_loss, reduction="mean"), (1, 0.25, 0.25), (5, 10, 10)),
     # Its own loss and the upstream gradient, which are bf16 too, beside the 3s + 2t of logits, labels and gradient.
+    "a compiled module": (torch.compile(bf.SigmoidFocalLoss(reduction="mean"), backend="aot_eager"), (1, 0.25), (8, 8)),
     "unreduced": (bf.SigmoidFocalLoss(), (1,), (8 + 2 + 2,)),
     "rows and columns": (bf.TwoWayLoss(), (1, 0.5), (8, 8)),
 }
@@ -224,7 +269,7 @@ def test_traffic(case: str, launches: list[Launch], device: torch.device) -> Non
     for factor in factors:
         launches.clear()
         if isinstance(loss, nn.Module):
-            loss.backend = "triton"
+            getattr(loss, "_orig_mod", loss).backend = "triton"
             value = loss(x, y)
         else:
             value = loss(x, y, backend="triton")

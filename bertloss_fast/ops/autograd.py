@@ -27,17 +27,18 @@ def compute_loss(
         return family.plain(spec, with_dense_targets(operands))
     if not torch.is_grad_enabled() or not (operands.inputs.requires_grad or targets_require_grad):
         return family.forward(backend, spec, operands, None, False)[0]
-    loss: Tensor = _Loss.apply(*operands, spec, family, backend, memory)  # type: ignore[no-untyped-call]
+    # Only what a gradient can flow to is an argument of its own: each costs a small loss time.
+    inputs, targets = operands[:2]
+    loss: Tensor = _Loss.apply(inputs, targets, operands, spec, family, backend, memory)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, spec, family, backend, memory = arguments
+        *_, operands, spec, family, backend, memory = arguments
         loss: Tensor
         ctx.set_materialize_grads(False)
-        operands = Operands(*tensors)
         # Whether an upstream is the expected one can be told without a synchronisation by a kernel and by the CPU;
         # elsewhere backward computes the gradient.
         with_grad = (
@@ -76,8 +77,8 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradients(of_inputs: Tensor | None, of_targets: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One for each argument of the Function: the operands, and four that are no tensors."""
-    return of_inputs, of_targets, *(None,) * (len(Operands._fields) - 2 + 4)
+    """One for each argument of the Function."""
+    return of_inputs, of_targets, None, None, None, None, None
 
 
 def _by_autograd(
