@@ -57,11 +57,51 @@ def test_on_a_side_stream() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "mean_positive"])
-def test_nothing_waits_for_the_device(reduction: str) -> None:
+@pytest.mark.parametrize("loss", ["focal", "balanced", "ghm", "zlpr", "two-way"])
+def test_nothing_waits_for_the_device(loss: str, reduction: str) -> None:
+    if loss == "two-way" and reduction != "mean":
+        pytest.skip("the two-way loss has no other reduction than mean")
     x, y = batch(32, 100)
+    function, options = {
+        "focal": (bf.sigmoid_focal_loss, {}),
+        "balanced": (
+            bf.distribution_balanced_loss,
+            {"class_counts": torch.arange(1, 101, device=CUDA), "num_samples": 1000},
+        ),
+        "ghm": (bf.ghm_loss, {"running_counts": torch.zeros(30, device=CUDA)}),
+        "zlpr": (bf.zlpr_loss, {}),
+        "two-way": (bf.two_way_loss, {}),
+    }[loss]
+    function(x, y, reduction=reduction, **options).sum().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = bf.sigmoid_focal_loss(x, y, reduction=reduction)
-        loss.backward(torch.full_like(loss, 0.5))
+        value = function(x, y, reduction=reduction, **options)
+        value.backward(torch.full_like(value, 0.5))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_module_expects_what_came_last() -> None:
+    """On the stream of its warm-up, as CUDA graphs ask for one; replays see new inputs."""
+    module = bf.SigmoidFocalLoss(reduction="mean")
+    x, y = batch(64, 1000)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        (0.25 * module(x, y)).backward()
+        x.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            loss = module(x, y)
+            (0.25 * loss).backward()
+    torch.cuda.synchronize()
+    fresh, labels = batch(64, 1000)
+    with torch.no_grad():
+        x.copy_(fresh)
+        y.copy_(labels)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    expected = bf.sigmoid_focal_loss(fresh, labels, reduction="mean")
+    (grad,) = torch.autograd.grad(0.25 * expected, fresh)
+    assert torch.equal(loss, expected)
+    assert torch.equal(x.grad, grad)
