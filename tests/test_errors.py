@@ -107,6 +107,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type
     "ignored beyond int8": (FOCAL, (X, Y.char()), {"ignore_index": 256}, ValueError, "ignore_index: .*int8.*got 256"),
     "ignored beyond bf16": (FOCAL, (X, Y.bfloat16()), {"ignore_index": -1001}, ValueError, "bfloat16 holds, got -1001"),
     "a huge pos_weight": (FOCAL, (X, Y), {"pos_weight": 1e300}, ValueError, r"pos_weight: .*from 0 to 1e\+30, got 1e"),
+    "a memory of another kind": (FOCAL, (X, Y), {"upstream_memory": 3}, TypeError, "upstream_memory: .*got int"),
     "learned labels": (bf.zlpr_loss, (X, Y.clone().requires_grad_()), {}, ValueError, "targets: .*requires_grad=True"),
     "counts in fp16": (
         bf.ghm_loss,

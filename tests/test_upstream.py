@@ -110,6 +110,17 @@ def test_retained_accumulated_and_hooked(make: Callable[[], nn.Module], device: 
     torch.testing.assert_close(grads, (gradient(make, x, y)[1], 2 * gradient(make, z, w)[1]), **DOUBLE)
 
 
+def test_an_upstream_that_its_owner_writes_to(make: Callable[[], nn.Module], device: torch.device) -> None:
+    module = make()
+    upstream: Tensor | None = None
+    for step in range(4):
+        x, y = batch(device, seed=step)
+        loss = module(x, y)
+        upstream = torch.full_like(loss, 0.5) if upstream is None else upstream.mul_(3)
+        (grad,) = torch.autograd.grad(loss, x, upstream)
+        torch.testing.assert_close(grad, gradient(make, x, y)[1] * 0.5 * 3**step, **DOUBLE)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(make: Callable[[], nn.Module], use_reentrant: bool, device: torch.device) -> None:
     module = make()

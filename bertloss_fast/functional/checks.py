@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
+from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "mean_positive")
@@ -177,6 +178,11 @@ def check_reduction(reduction: str) -> None:
 
 def check_backend(backend: str | None) -> None:
     dispatch.check_name("backend", backend)
+
+
+def check_upstream_memory(memory: UpstreamMemory | None) -> None:
+    if memory is not None and not isinstance(memory, UpstreamMemory):
+        raise TypeError(f"upstream_memory: expected an UpstreamMemory or None, got {type(memory).__name__}")
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST) -> float:

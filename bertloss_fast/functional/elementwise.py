@@ -23,6 +23,7 @@ from .checks import (
     check_probabilities,
     check_reduction,
     check_sample_weight,
+    check_upstream_memory,
     check_weight,
 )
 
@@ -92,6 +93,7 @@ def prepare(
         if soft and not as_torch:
             check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)
+    check_upstream_memory(options.get("upstream_memory"))
     alpha_number, alpha_tensor = _alpha(alpha, inputs)
     check_weight(weight, inputs_name, inputs, broadcast=as_torch)
     check_sample_weight(sample_weight, inputs_name, inputs)

@@ -20,6 +20,7 @@ from .checks import (
     check_probabilities,
     check_reduction,
     check_sample_weight,
+    check_upstream_memory,
 )
 
 
@@ -81,6 +82,7 @@ def zlpr_loss(
     """
     operands = _operands(inputs, targets, mask, ignore_index)
     check_reduction(reduction)
+    check_upstream_memory(upstream_memory)
     check_sample_weight(sample_weight, "inputs", inputs)
     normalizer = as_normalizer(normalizer, reduction, "inputs", inputs)
     operands = operands._replace(sample_weight=sample_weight, normalizer=normalizer)
