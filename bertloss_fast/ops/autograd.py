@@ -46,7 +46,9 @@ class _Loss(torch.autograd.Function):
             and spec.reduction != "none"
             and (backend == "triton" or operands.inputs.device.type == "cpu")
         )
-        expected = memory.expected(operands.inputs, spec.compute_dtype) if with_grad and memory is not None else None
+        expected = None
+        if with_grad and memory is not None:
+            expected = memory.expected(backend, operands.inputs, spec.compute_dtype)
         loss, saved = family.forward(backend, spec, operands, expected, with_grad)
         ctx.spec, ctx.family, ctx.backend, ctx.expected, ctx.handed_out = spec, family, backend, expected, False
         ctx.save_for_backward(*operands, *saved)

@@ -38,11 +38,11 @@ class UpstreamMemory:
     def __init__(self) -> None:
         self._expected: dict[tuple[Any, ...], Expected] = {}
 
-    def expected(self, inputs: Tensor, dtype: torch.dtype) -> Expected | None:
+    def expected(self, backend: str, inputs: Tensor, dtype: torch.dtype) -> Expected | None:
         """What came last where ``inputs`` are, at first 1; None while a graph is captured that has no memory yet."""
         device = inputs.device
         stream = None if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
-        key = device, stream, dtype
+        key = backend, device, stream, dtype
         found = self._expected.get(key)
         if found is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
