@@ -125,6 +125,10 @@ def test_repetition_second_backward_and_sparse_twins(loss: str, backend: str, de
 X, Y = torch.zeros(4, 5), torch.zeros(4, 5)
 ERRORS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = {
     "sum of two-way": (bf.two_way_loss, {"reduction": "sum"}, ValueError, "reduction: .*mean.*sum"),
+    "weighted two-way": (bf.two_way_loss, {"weight": Y}, TypeError, "weight"),
+    "smoothed two-way": (bf.two_way_loss, {"label_smoothing": 0.1}, TypeError, "label_smoothing"),
+    "smoothed zlpr": (bf.zlpr_loss, {"label_smoothing": 0.1}, TypeError, "label_smoothing"),
+    "weighted zlpr": (bf.zlpr_loss, {"pos_weight": Y[0]}, TypeError, "pos_weight"),
     "cold two-way": (bf.two_way_loss, {"tp": 0.0}, ValueError, "tp: .*0"),
     "normalised rows": (bf.zlpr_loss, {"reduction": "none", "normalizer": 2}, ValueError, "normalizer: .*none"),
     "mask of another shape": (bf.zlpr_loss, {"mask": Y[:1].bool()}, ValueError, r"mask: .*\(4, 5\).*\(1, 5\)"),
