@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 
 import bertloss_fast as bf
 from bertloss_fast import functional
-from bertloss_fast.ops.compiled import _loss, _loss_backward
+from bertloss_fast.ops.compiled import OPERATORS as REGISTERED
+from bertloss_fast.ops.families import Family
 
 SHAPE = (4, 6)
 # What cannot have a default, of the losses that have such arguments.
@@ -274,9 +275,11 @@ def test_operators_keep_torch_s_rules(
     """torch.library.opcheck on what the compiler is handed."""
     x, y = logits(*SHAPE, device=device), targets(device)
     calls: list[tuple[Any, ...]] = []
+    families: list[Family] = []
 
-    def keep(family: str, spec: Any, operands: Any) -> Tensor:
-        calls.append((family, *operands, *spec._replace(params=tuple(map(float, spec.params)))))
+    def keep(family: Family, spec: Any, operands: Any) -> Tensor:
+        families.append(family)
+        calls.append((*operands, *spec._replace(params=tuple(map(float, spec.params)))))
         return operands.inputs.sum()
 
     with monkeypatch.context() as patch:
@@ -286,12 +289,12 @@ def test_operators_keep_torch_s_rules(
         options: dict[str, Any] = {"mask": uniform(*SHAPE, device=device) < 0.7} if form == "masked" else {}
         labels = bf.SparseLabels.from_dense(y) if form == "sparse" else y
         FUNCTIONS[name](x, labels, reduction=reduction, backend="triton", **options)
-    [call] = calls
-    torch.library.opcheck(_loss, call)
-    loss, *saved = _loss(*call)
+    [call], operators = calls, REGISTERED[families[0].name]
+    torch.library.opcheck(operators.loss, call)
+    loss, *saved = operators.loss(*call)
     kept = [tensor.detach() if tensor.numel() else None for tensor in saved]
     upstream = torch.ones_like(loss).detach()
-    torch.library.opcheck(_loss_backward, (upstream, *kept, "triton", call[0], x.detach(), *call[2:]))
+    torch.library.opcheck(operators.backward, (upstream, *kept, "triton", True, False, x.detach(), *call[1:]))
 
 
 class Rows(torch.utils.data.Dataset[tuple[Tensor, list[int]]]):

@@ -1,13 +1,12 @@
-"""What a family of losses has for the routes through autograd: sigmoid.py and rowwise.py each have one."""
+"""What a family of losses has for the routes through autograd: each of the files named like one makes its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..reference.sigmoid import Operands, Spec
 from .upstream import Expected
 
 
@@ -15,38 +14,47 @@ class Saved(NamedTuple):
     """What forward leaves for backward, beside the operands."""
 
     grad: Tensor | None = None  # written in forward, for the upstream in the note
+    grad_targets: Tensor | None = None  # the same, where the second operand is logits too
     note: Tensor | None = None  # []; None for 1
-    denominator: Tensor | None = None  # where data tell it: [], or in two-way those of rows and of columns
+    denominator: Tensor | None = None  # where data tell it: [], or [k] of several parts of the loss
     row_slopes: Tensor | None = None  # rowwise: [4, N]
     col_slopes: Tensor | None = None  # two-way: [4, L]
 
 
+class Wanted(NamedTuple):
+    """Which gradients a family is asked for; ``targets`` only where it says that it has them."""
+
+    inputs: bool = False
+    targets: bool = False
+
+
+Gradients = tuple[Tensor | None, Tensor | None]
 Shape = tuple[int, ...]
 
 
 class Family(NamedTuple):
-    """A family's code."""
+    """A family's code. What a call is, says its ``spec``; its tensors are the ``operands``.
+
+    Both are NamedTuples of the family's own. The first operands are ``inputs`` and ``targets``, to which gradients flow.
+    """
 
     name: str
+    spec: type
+    operands: type
 
-    plain: Callable[[Spec, Operands], Tensor]
-    """The loss as differentiable operations, on dense targets."""
+    plain: Callable[[Any, Any], Tensor]
+    """The loss as differentiable operations."""
 
-    forward: Callable[[str, Spec, Operands, Expected | None, bool], tuple[Tensor, Saved]]
-    """The loss by a backend, and what backward needs: the gradient too, if it is wanted, for the upstream expected."""
+    forward: Callable[[str, Any, Any, Expected | None, Wanted], tuple[Tensor, Saved]]
+    """The loss by a backend, and what backward needs: gradients too, if they are wanted, for the upstream expected."""
 
-    backward: Callable[[str, Spec, Operands, Saved, Tensor, Expected | None], Tensor]
-    """The gradient of the inputs; ``Saved.grad`` may become it. What came is left in the place of what was expected."""
+    backward: Callable[[str, Any, Any, Saved, Tensor, Expected | None, Wanted], Gradients]
+    """The gradients wanted; those in ``Saved`` may become them. What came is left in the place of what was expected."""
 
-    loss_shape: Callable[[Spec, Operands], Shape]
+    loss_shape: Callable[[Any, Any], Shape]
 
-    saved_shapes: Callable[[Spec, Operands], tuple[Shape | None, Shape | None, Shape | None]]
+    saved_shapes: Callable[[Any, Any], tuple[Shape | None, Shape | None, Shape | None]]
     """Of ``Saved``'s denominator and slopes; None for what a call does not have."""
 
-
-FAMILIES: dict[str, Family] = {}
-
-
-def register(family: Family) -> Family:
-    FAMILIES[family.name] = family
-    return family
+    grads_of_targets: bool = False
+    """Whether forward and backward have the gradient of the targets; else it comes from ``plain``."""

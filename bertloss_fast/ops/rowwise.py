@@ -15,7 +15,8 @@ from ..reference.sigmoid import Operands, Spec
 from . import dispatch
 from .autograd import compute_loss
 from .blocks import block_size
-from .families import Family, Saved, Shape, register
+from .compiled import register
+from .families import Family, Gradients, Saved, Shape, Wanted
 from .operands import as_matrices, with_dense_targets
 from .sparse import dense_block
 from .upstream import Expected, UpstreamMemory, number_that_came
@@ -30,18 +31,28 @@ def rowwise_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
     return compute_loss(_FAMILY, spec, operands, backend, memory)
 
 
+def _plain(spec: Spec, operands: Operands) -> Tensor:
+    return reference.loss(spec, with_dense_targets(operands))
+
+
 def _forward(
-    backend: str, spec: Spec, operands: Operands, expected: Expected | None, with_grad: bool
+    backend: str, spec: Spec, operands: Operands, expected: Expected | None, wanted: Wanted
 ) -> tuple[Tensor, Saved]:
     forward = triton_forward if backend == "triton" else _EAGER_FORWARD[spec.formula]
-    return forward(spec, operands, expected, with_grad)
+    return forward(spec, operands, expected, wanted.inputs)
 
 
 def _backward(
-    backend: str, spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
-) -> Tensor:
+    backend: str,
+    spec: Spec,
+    operands: Operands,
+    saved: Saved,
+    upstream: Tensor,
+    expected: Expected | None,
+    wanted: Wanted,
+) -> Gradients:
     backward = triton_backward if backend == "triton" else _EAGER_BACKWARD[spec.formula]
-    return backward(spec, operands, saved, upstream, expected)
+    return backward(spec, operands, saved, upstream, expected), None
 
 
 def _loss_shape(spec: Spec, operands: Operands) -> Shape:
@@ -61,7 +72,7 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     )
 
 
-_FAMILY = register(Family("rowwise", reference.loss, _forward, _backward, _loss_shape, _saved_shapes))
+_FAMILY = register(Family("rowwise", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
 
 
 def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
@@ -98,7 +109,7 @@ def _eager_zlpr(spec: Spec, operands: Operands, expected: Expected | None, with_
     note = None if expected is None else expected.value
     losses = _eager_zlpr_rows(spec, operands, scale, scale if note is None else scale * note, grad)
     loss = losses.reshape(inputs.shape[:-1]) if spec.reduction == "none" else losses.sum()
-    return loss.to(spec.loss_dtype), Saved(grad, note, counted)
+    return loss.to(spec.loss_dtype), Saved(grad, note=note, denominator=counted)
 
 
 def _eager_zlpr_rows(spec: Spec, operands: Operands, scale: Tensor, grad_scale: Tensor, grad: Tensor | None) -> Tensor:

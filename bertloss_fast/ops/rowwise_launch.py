@@ -29,7 +29,7 @@ def triton_forward(spec: Spec, operands: Operands, expected: Expected | None, wi
     empty = partial(inputs.new_empty, dtype=spec.compute_dtype)
     operands = as_matrices(operands)
     shape = operands.inputs.shape
-    saved = Saved(grad, note, empty(2 if two_way else 1) if denominator is None else None)
+    saved = Saved(grad, note=note, denominator=empty(2 if two_way else 1) if denominator is None else None)
     if not two_way and rowwise.fits(shape[1], spec.compute_dtype):
         row_programs = programs = rowwise.num_programs(shape)
     else:

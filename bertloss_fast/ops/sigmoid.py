@@ -14,7 +14,8 @@ from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
 from .autograd import compute_loss
 from .blocks import block_size, has_soft_labels
-from .families import Family, Saved, Shape, register
+from .compiled import register
+from .families import Family, Gradients, Saved, Shape, Wanted
 from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
 from .passes import denominator, is_counted
 from .upstream import Expected, UpstreamMemory, number_that_came
@@ -48,24 +49,31 @@ def _is_soft(spec: Spec, targets: Tensor) -> bool:
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
+    operands = with_dense_targets(operands)
     return reference.loss(spec, operands, soft=cast(Tensor, operands.targets).is_floating_point())
 
 
 def _forward(
-    backend: str, spec: Spec, operands: Operands, expected: Expected | None, with_grad: bool
+    backend: str, spec: Spec, operands: Operands, expected: Expected | None, wanted: Wanted
 ) -> tuple[Tensor, Saved]:
     count = denominator(spec, operands, backend)
     forward = _triton_forward if backend == "triton" else _eager_forward
-    loss, grad, note = forward(spec, operands, count, expected, with_grad)
-    return loss, Saved(grad, note, count if isinstance(count, Tensor) else None)
+    loss, grad, note = forward(spec, operands, count, expected, wanted.inputs)
+    return loss, Saved(grad, note=note, denominator=count if isinstance(count, Tensor) else None)
 
 
 def _backward(
-    backend: str, spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
-) -> Tensor:
+    backend: str,
+    spec: Spec,
+    operands: Operands,
+    saved: Saved,
+    upstream: Tensor,
+    expected: Expected | None,
+    wanted: Wanted,
+) -> Gradients:
     count = denominator(spec, operands, backend) if saved.denominator is None else saved.denominator
     backward = _triton_backward if backend == "triton" else _eager_backward
-    return backward(spec, operands, saved, count, upstream, expected)
+    return backward(spec, operands, saved, count, upstream, expected), None
 
 
 def _loss_shape(spec: Spec, operands: Operands) -> Shape:
@@ -76,7 +84,7 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     return () if is_counted(spec, operands) else None, None, None
 
 
-_FAMILY = register(Family("sigmoid", _plain, _forward, _backward, _loss_shape, _saved_shapes))
+_FAMILY = register(Family("sigmoid", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
 
 
 def _triton_forward(
