@@ -10,6 +10,7 @@ import torch
 from bertloss_fast.kernels import combine, parts, passes, rowwise
 from bertloss_fast.kernels.elements import Matrices
 from bertloss_fast.kernels.formulas import Values
+from bertloss_fast.kernels.pointwise import Gradients, pointwise_launcher
 from bertloss_fast.kernels.sigmoid import sigmoid_launcher
 from bertloss_fast.kernels.upstream import Upstream
 from torch import Tensor
@@ -95,6 +96,53 @@ class Sigmoid(NamedTuple):
             return None
         sizes = {"[L]": (self.num_labels,), "[N, L]": (self.rows, self.num_labels)}
         return _empty(sizes[shape], dtype=self.compute_dtype).expand(sizes["[N, L]"])
+
+
+class Pointwise(NamedTuple):
+    """A launch of the pointwise family."""
+
+    formula: str
+    inputs: torch.dtype = torch.bfloat16
+    targets: torch.dtype = torch.bfloat16
+    weight: torch.dtype | None = None
+    mask: bool = False
+    # "forward" writes partial sums and the gradient, "both" the targets' gradient too; "backward" and "backward none"
+    # are the gradients of a scalar and of losses.
+    step: str = "forward"
+    rows: int = 63
+    num_labels: int = 1001
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return _compute_dtype(self.inputs)
+
+    def launch(self) -> None:
+        shape = self.rows, self.num_labels
+        forward = self.step in ("forward", "both")
+        factors = [_empty(shape, dtype=self.weight)] if self.weight is not None else []
+        if self.step == "backward none":
+            factors.append(_empty(shape, dtype=self.inputs))
+        scalars = {"forward": 2, "both": 2, "backward": 3}.get(self.step, 0)
+        pointwise_launcher(
+            self.formula,
+            Matrices(
+                _empty(shape, dtype=self.inputs),
+                _empty(shape, dtype=self.targets),
+                _empty(shape, dtype=torch.bool) if self.mask else None,
+                None,
+                self.compute_dtype,
+            ),
+            tuple(factors),
+            _empty((), dtype=self.compute_dtype) if factors or self.mask else self.rows * self.num_labels,
+            Upstream(*[_empty((), dtype=self.compute_dtype)] * scalars),
+            _empty(8, dtype=self.compute_dtype) if forward else None,
+            Gradients(
+                _empty(shape, dtype=self.inputs),
+                _empty(shape, dtype=self.targets) if self.step == "both" else None,
+            ),
+            reduced=self.step != "backward none",
+            written=self.step == "backward",
+        )
 
 
 class Pass(NamedTuple):

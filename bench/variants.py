@@ -2,7 +2,7 @@
 
 import torch
 
-from .launches import Lines, Pass, Sigmoid
+from .launches import Lines, Pass, Pointwise, Sigmoid
 
 _FOCAL_2 = Sigmoid("focal", (2,))
 _ASL = Sigmoid("asymmetric", (4.0, 1.0, 0.05, False))
@@ -125,6 +125,29 @@ LINES: dict[str, Lines] = {
     "two-way total": _TWO_WAY._replace(kind="total"),
 }
 
+_MSE, _KL = Pointwise("mse"), Pointwise("kl")
+
+POINTWISE: dict[str, Pointwise] = {
+    "mse": _MSE,
+    "mse fp32": _MSE._replace(inputs=torch.float32, targets=torch.float32),
+    "mse fp64": _MSE._replace(inputs=torch.float64, targets=torch.float64),
+    "mse int64 targets": _MSE._replace(inputs=torch.float32, targets=torch.int64),
+    "mse weight": _MSE._replace(weight=torch.float32),
+    "mse mask": _MSE._replace(mask=True),
+    "mse both": _MSE._replace(step="both"),
+    "mse backward": _MSE._replace(step="backward"),
+    "mse backward none": _MSE._replace(step="backward none"),
+    "mse wide": _MSE._replace(rows=2**31 // 1001 + 2),
+    "kl": _KL,
+    "kl fp32": _KL._replace(inputs=torch.float32, targets=torch.float32),
+    "kl fp64": _KL._replace(inputs=torch.float64, targets=torch.float64),
+    "kl fp32 targets": _KL._replace(targets=torch.float32),
+    "kl both": _KL._replace(step="both"),
+    "kl log_target": _KL._replace(formula="kl of logs"),
+    "kl log_target fp32": Pointwise("kl of logs", torch.float32, torch.float32),
+    "kl log_target both": _KL._replace(formula="kl of logs", step="both"),
+}
+
 PASSES: dict[str, Pass] = {
     "count": Pass("count", targets=torch.int8, ignored=-100),
     "count mask": Pass("count", targets="sparse", mask=True),
@@ -143,4 +166,4 @@ PASSES: dict[str, Pass] = {
     "sum bf16": Pass("sum", denominator=63),
 }
 
-VARIANTS: dict[str, Sigmoid | Lines | Pass] = {**SIGMOID, **LINES, **PASSES}
+VARIANTS: dict[str, Sigmoid | Lines | Pointwise | Pass] = {**SIGMOID, **LINES, **POINTWISE, **PASSES}

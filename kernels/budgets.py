@@ -117,6 +117,28 @@ LINES = {
     "two-way gradient 2048": Budget(34, 3),
 }
 
+# Squared error and KL divergence, of 6 bytes an element in bf16.
+POINTWISE = {
+    "mse": Budget(10, 0),
+    "mse fp32": Budget(8, 0),
+    "mse fp64": Budget(11, 0),
+    "mse int64 targets": Budget(10, 0),
+    "mse weight": Budget(13, 0),
+    "mse mask": Budget(16, 0),
+    "mse both": Budget(12, 0),
+    "mse backward": Budget(8, 0),
+    "mse backward none": Budget(11, 0),
+    "mse wide": Budget(10, 0),
+    "kl": Budget(15, 1),
+    "kl fp32": Budget(37, 0),
+    "kl fp64": Budget(98, 1),
+    "kl fp32 targets": Budget(14, 1),
+    "kl both": Budget(18, 1),
+    "kl log_target": Budget(17, 1),
+    "kl log_target fp32": Budget(15, 1),
+    "kl log_target both": Budget(19, 1),
+}
+
 PASSES = {
     "count": Budget(5, 0),
     "count mask": Budget(5, 0),

@@ -27,6 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LARGE = tl.constexpr(1e30)  # finite stand-in for infinity: 0 * LARGE is 0
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of fp32
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # the smallest normal number
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 TO_12_BITS = tl.constexpr(2.0**41 + 1.0)  # t = 53 - 12 bits in Veltkamp's splitting of a double
 
@@ -81,6 +82,32 @@ def exp_scaled(x, SCALE: tl.constexpr, FAST: tl.constexpr):
         lost = (x_head * C_HEAD - rounded) + (x - x_head) * C_HEAD + x * (C - C_HEAD)
         power = tl.exp2(rounded)
         return power + power * (lost * LN2)
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b rounded, and what the rounding lost (D. Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+@triton.jit
+def exp_difference(x, top, SCALE: tl.constexpr, FAST: tl.constexpr):
+    """exp(SCALE (x - top)) for x <= top; where the rounding of the difference would show, it is made up for."""
+    if FAST or x.dtype == tl.float64:
+        return exp_scaled(x - top, SCALE, FAST)
+    else:
+        distance, lost = two_sum(x, -top)
+        e = exp_scaled(distance, SCALE, False)
+        return e + tl.where(e == 0, 0.0, e * (lost * SCALE))  # of an infinity, what is lost is NaN
+
+
+@triton.jit
+def tanh(x):
+    e = exp_scaled(-tl.abs(x), 2.0, False)
+    ratio = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -ratio, ratio)
 
 
 @triton.jit

@@ -81,6 +81,28 @@ def prepare(
     return Operands(matrix(inputs), Sparse(*labels) if labels else matrix(dense), matrix(mask)), launch
 
 
+NUM_WARPS = 4
+# Programs take their tiles in turn: enough of them to fill the largest GPU several times over, so that the last round
+# is a small part of the whole, and few enough for one program to add up their sums. A constant: the order of the
+# additions does not depend on the number of multiprocessors.
+_MAX_PROGRAMS = 8192
+
+
+def tile_size(inputs: Tensor, *, sparse: bool = False) -> int:
+    """16 bytes of logits a thread: the widest load, and labels land in the same threads without an exchange.
+
+    Without labels to load, twice as many, to halve the cost of looking for the tile's own; registers that hold 64-bit
+    offsets have no room for that.
+    """
+    twice = sparse and inputs.numel() < 2**31
+    return 32 * NUM_WARPS * (16 // inputs.element_size()) * (2 if twice else 1)
+
+
+def num_programs(inputs: Tensor, *, sparse: bool = False) -> int:
+    """How many partial sums a reduced loss has."""
+    return min(triton.cdiv(inputs.numel(), tile_size(inputs, sparse=sparse)), _MAX_PROGRAMS)
+
+
 class Targets(NamedTuple):
     """Dense targets of a tile."""
 
@@ -95,6 +117,17 @@ class Elements(NamedTuple):
     positive: Any  # that label; None where all are negative
     y: Any  # the label itself where it is soft, or None
     kept: Any  # which elements count; None where all do
+
+
+@triton.jit
+def program(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """This program's number, and the lanes of its tiles."""
+    pid = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    if WIDE:
+        pid = pid.to(tl.int64)
+        lanes = lanes.to(tl.int64)
+    return pid, lanes
 
 
 @triton.jit

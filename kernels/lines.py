@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import NAN_STAYS, _log1p_exponential, exp_scaled, load_as, store_rounded
+from .device import NAN_STAYS, _log1p_exponential, exp_scaled, load_as, store_rounded, two_sum
 from .elements import load_targets
 from .operands import Place, load
 
@@ -56,17 +56,9 @@ def _log1p(x):
 
 
 @triton.jit
-def _two_sum(a, b):
-    """a + b rounded, and what the rounding lost (D. Knuth)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-@triton.jit
 def exponential(tv, top, positive, T: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
     """e^(v - top / t); EXACT makes up for the rounding of the difference, which is 2e-6 of the result at 40."""
-    distance, lost = _two_sum(tv, -top)
+    distance, lost = two_sum(tv, -top)
     if T[0] != 1 or T[1] != 1:
         distance = tl.where(positive, distance * (1.0 / T[1]), distance * (1.0 / T[0]))
         lost = tl.where(positive, lost * (1.0 / T[1]), lost * (1.0 / T[0]))
@@ -123,8 +115,8 @@ def zlpr(negative, positive, T: tl.constexpr):
 @triton.jit
 def two_way(negative, positive, T: tl.constexpr):
     """As ``zlpr``; a line without one of the classes has no loss."""
-    tops, low = _two_sum(negative.top, positive.top)
-    u, lost = _two_sum(tops, T[0] * _log1p(negative.total - 1.0) + T[1] * _log1p(positive.total - 1.0))
+    tops, low = two_sum(negative.top, positive.top)
+    u, lost = two_sum(tops, T[0] * _log1p(negative.total - 1.0) + T[1] * _log1p(positive.total - 1.0))
     e = exp_scaled(-tl.abs(u), 1.0, False)
     e += e * tl.where(u > 0, -(low + lost), low + lost)
     loss = tl.where(u > 0, u, 0.0) + _log1p(e)

@@ -64,3 +64,13 @@ def load(matrix, place, other, dtype):
         return tl.load(_pointers(matrix, place), place.valid, other)
     else:
         return load_as(_pointers(matrix, place), place.valid, other, dtype)
+
+
+@triton.jit
+def load_product(factors, place, other, dtype):
+    """The product of several matrices' elements; None where there are none."""
+    product = None
+    for i in tl.static_range(len(factors)):
+        factor = load(factors[i], place, other, dtype)
+        product = factor if product is None else product * factor
+    return product

@@ -5,20 +5,28 @@ its own, or at the caller's, the programs. In fp32 a lane counts exactly to 2^24
 sums of several lanes are rounded past 2^24.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import NAN_STAYS, sigmoids, store_rounded
-from .elements import Matrices, load_elements, load_targets, place_of, prepare, soft_label, tiles_of, within
+from .device import NAN_STAYS, TINY, sigmoids, store_rounded
+from .elements import (
+    Matrices,
+    load_elements,
+    load_targets,
+    place_of,
+    prepare,
+    program,
+    soft_label,
+    tiles_of,
+    within,
+)
 from .formulas import Label, gradient_bin
 from .labels import find_labels, mark_labels
 from .launch import launch_scope
 from .operands import Place
 from .upstream import inverse
 
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Weights of hard labels are added as integers: the sum is the same in any order, of dense labels and of sparse ones.
 # Up to 2^17 labels of weight 1, and a weight of 1e-6 to 8 digits.
 FIXED = tl.constexpr(2**46)
@@ -51,12 +59,8 @@ def _count_kernel(
     LAUNCH: tl.constexpr,  # elements.Launch
     BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    lanes = tl.arange(0, BLOCK)
-    if LAUNCH.wide:
-        pid = pid.to(tl.int64)
-        lanes = lanes.to(tl.int64)
+    pid, lanes = program(BLOCK, LAUNCH.wide)
     partial = tl.zeros([BLOCK], LAUNCH.dtype)
     for REST in tl.static_range(2):
         first, end = tiles_of(pid, numel, REST, BLOCK)
@@ -127,12 +131,8 @@ def _histogram_kernel(
 ):
     L: tl.constexpr = LAUNCH.num_labels
     BINS_PADDED: tl.constexpr = triton.next_power_of_2(BINS)
-    pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    lanes = tl.arange(0, BLOCK)
-    if LAUNCH.wide:
-        pid = pid.to(tl.int64)
-        lanes = lanes.to(tl.int64)
+    pid, lanes = program(BLOCK, LAUNCH.wide)
     counts = tl.zeros([BINS_PADDED], tl.int32)
     for REST in tl.static_range(2):
         first, end = tiles_of(pid, numel, REST, BLOCK)

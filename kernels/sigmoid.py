@@ -12,11 +12,21 @@ from torch import Tensor
 
 from . import elements
 from .device import select, store_rounded
-from .elements import Matrices, load_elements, place_of, soft_label, tiles_of
+from .elements import (
+    NUM_WARPS,
+    Matrices,
+    load_elements,
+    num_programs,
+    place_of,
+    program,
+    soft_label,
+    tile_size,
+    tiles_of,
+)
 from .formulas import FORMULAS, Label, Values
 from .labels import find_labels, mark_labels
 from .launch import launch_scope
-from .operands import Matrix, load, matrix
+from .operands import Matrix, load, load_product, matrix
 from .upstream import Upstream, inverse, receive
 
 
@@ -78,8 +88,8 @@ def _tile(operands, values, place, marked, scale, loss_ptr, grad_ptr, FORMULA: t
         factor = _by_label(positive, y, one * LAUNCH.alpha, one * (1.0 - LAUNCH.alpha))
         loss *= factor
         slope *= factor
-    for i in tl.static_range(len(operands.factors)):
-        factor = load(operands.factors[i], place, zero, DTYPE)
+    factor = load_product(operands.factors, place, zero, DTYPE)
+    if factor is not None:
         loss *= factor
         slope *= factor
     slope *= scale
@@ -108,12 +118,8 @@ def _sigmoid_kernel(
 ):
     DTYPE: tl.constexpr = LAUNCH.elements.dtype
     L: tl.constexpr = LAUNCH.elements.num_labels
-    pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    lanes = tl.arange(0, BLOCK)
-    if LAUNCH.elements.wide:
-        pid = pid.to(tl.int64)
-        lanes = lanes.to(tl.int64)
+    pid, lanes = program(BLOCK, LAUNCH.elements.wide)
     value, done = receive(upstream, pid, LAUNCH.written, DTYPE)
     scale = inverse(denominator, DTYPE) * value
     if LAUNCH.written:
@@ -143,28 +149,6 @@ def _sigmoid_kernel(
         tl.store(loss_ptr + pid, tl.sum(partial))
 
 
-_NUM_WARPS = 4
-# Programs take their tiles in turn: enough of them to fill the largest GPU several times over, so that the last round
-# is a small part of the whole, and few enough for one program to add up their sums. A constant: the order of the
-# additions does not depend on the number of multiprocessors.
-_MAX_PROGRAMS = 8192
-
-
-def _block(inputs: Tensor, sparse: bool) -> int:
-    """16 bytes of logits a thread: the widest load, and labels land in the same threads without an exchange.
-
-    Without labels to load, twice as many, to halve the cost of looking for the tile's own; registers that hold 64-bit
-    offsets have no room for that.
-    """
-    twice = sparse and inputs.numel() < 2**31
-    return 32 * _NUM_WARPS * (16 // inputs.element_size()) * (2 if twice else 1)
-
-
-def num_programs(inputs: Tensor, *, sparse: bool) -> int:
-    """How many partial sums a reduced loss has."""
-    return min(triton.cdiv(inputs.numel(), _block(inputs, sparse)), _MAX_PROGRAMS)
-
-
 def sigmoid_launcher(
     formula: str,
     params: tuple[float, ...],
@@ -189,7 +173,7 @@ def sigmoid_launcher(
     """
     inputs = matrices.inputs
     sparse = isinstance(matrices.targets, tuple)
-    block = _block(inputs, sparse)
+    block = tile_size(inputs, sparse=sparse)
     alphas = alpha if isinstance(alpha, Tensor) else None
     read, launch = elements.prepare(
         matrices,
@@ -211,5 +195,5 @@ def sigmoid_launcher(
             FORMULA=FORMULAS[formula],
             LAUNCH=Launch(launch, params, None if isinstance(alpha, Tensor) else alpha, reduced, written),
             BLOCK=block,
-            num_warps=_NUM_WARPS,
+            num_warps=NUM_WARPS,
         )

@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="Triton has no wheels outside Linux")
 from bertloss_fast.kernels import budgets
 
 from bench.sass import ARCHS, Instruction, Report, parse_amdgcn, parse_sass, widths
-from bench.variants import LINES, PASSES, SIGMOID, VARIANTS
+from bench.variants import LINES, PASSES, POINTWISE, SIGMOID, VARIANTS
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = budgets.SIGMOID | budgets.LINES | budgets.PASSES
+BUDGETS = budgets.SIGMOID | budgets.LINES | budgets.POINTWISE | budgets.PASSES
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,22 @@ def test_memory_is_accessed_in_full_vectors(reports: dict[tuple[str, str], Repor
             loads += contiguous(launch.compute_dtype)
     assert report.loads == loads
     assert report.stores == ({} if launch.step == "loss" else logits)
+
+
+@pytest.mark.parametrize("variant", POINTWISE)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pointwise_losses_access_memory_in_full_vectors(
+    reports: dict[tuple[str, str], Report], arch: str, variant: str
+) -> None:
+    report, launch = reports[arch, variant], POINTWISE[variant]
+    assert (report.loops, report.exchanges) == (2, 0)
+    dtypes = [launch.inputs, launch.targets]
+    dtypes += [] if launch.weight is None else [launch.weight]
+    dtypes += [torch.bool] if launch.mask else []
+    dtypes += [launch.inputs] if launch.step == "backward none" else []
+    assert report.loads == sum((whole(report.elements * dtype.itemsize) for dtype in dtypes), Counter())
+    written = [launch.inputs, launch.targets] if launch.step == "both" else [launch.inputs]
+    assert report.stores == sum((whole(report.elements * dtype.itemsize) for dtype in written), Counter())
 
 
 @pytest.mark.parametrize("variant", [name for name in PASSES if not name.startswith(("row sums", "sum"))])

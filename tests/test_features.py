@@ -30,20 +30,18 @@ from bertloss_fast.ops.families import Family
 
 SHAPE = (4, 6)
 # What cannot have a default, of the losses that have such arguments.
-NEEDED = {"class_counts": [60, 30, 9, 3, 1, 0], "num_samples": 100}
+NEEDED = {"class_counts": [60, 30, 9, 3, 1, 0], "num_samples": 100, "counts": [60, 30, 9, 3, 1, 0]}
+
+
+def needed(function: Any) -> dict[str, Any]:
+    """Those arguments, and a reduction to a scalar."""
+    parameters = inspect.signature(function).parameters
+    fixed = {name: NEEDED[name] for name in parameters if name in NEEDED}
+    return fixed | ({"reduction": "mean"} if "reduction" in parameters else {})
 
 
 def is_loss(function: Any) -> bool:
-    names = list(inspect.signature(function).parameters)
-    return names[:2] in (["inputs", "targets"], ["input", "target"])
-
-
-def arguments(function: Any) -> dict[str, Any]:
-    """Those without a default, and a reduction to a scalar."""
-    parameters = list(inspect.signature(function).parameters.values())[2:]
-    missing = (inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD)
-    fixed = {p.name: NEEDED[p.name] for p in parameters if p.default is missing[0] and p.kind is not missing[1]}
-    return fixed | ({"reduction": "mean"} if any(p.name == "reduction" for p in parameters) else {})
+    return "reduction" in inspect.signature(function).parameters
 
 
 FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__ if is_loss(getattr(functional, name))}
@@ -53,16 +51,52 @@ MODULES = {
     if isinstance(value, type) and issubclass(value, nn.Module) and name in bf.__all__
 }
 Call = Callable[[Tensor], Tensor]
+Given = tuple[Any, ...]
 
 
-def module_arguments(kind: Any) -> dict[str, Any]:
-    parameters = inspect.signature(kind).parameters.values()
-    fixed = {p.name: NEEDED[p.name] for p in parameters if p.name in NEEDED}
-    return fixed | ({"reduction": "mean"} if "reduction" in inspect.signature(kind).parameters else {})
+def labels(rows: int, device: torch.device) -> Tensor:
+    """Dense labels of several classes."""
+    return uniform(rows, SHAPE[1], device=device, seed=3) < 0.4
 
 
-def targets(device: torch.device) -> Tensor:
-    return uniform(*SHAPE, device=device, seed=3) < 0.4
+def classes(rows: int, device: torch.device) -> Tensor:
+    """One class a row, one of them for none."""
+    made = torch.arange(rows, device=device) % SHAPE[1]
+    made[1] = -100
+    return made
+
+
+def distributions(rows: int, device: torch.device) -> Tensor:
+    return logits(rows, SHAPE[1], device=device, seed=4).detach().softmax(-1)
+
+
+# What comes after the logits, by the family that a function or module is of, whose file has its name.
+OF_SEVERAL: dict[str, Callable[[int, torch.device], Given]] = {
+    "dense": lambda rows, device: (labels(rows, device),),
+    "sparse": lambda rows, device: (bf.SparseLabels.from_dense(labels(rows, device)),),
+}
+FORMS: dict[str, dict[str, Callable[[int, torch.device], Given]]] = {
+    "sigmoid": OF_SEVERAL,
+    "imbalance": OF_SEVERAL,
+    "rowwise": OF_SEVERAL,
+    "softmax": {"dense": lambda rows, device: (classes(rows, device),)},
+    "distillation": {
+        "dense": lambda rows, device: (distributions(rows, device), classes(rows, device)),
+        "alone": lambda rows, device: (distributions(rows, device),),
+    },
+    "pointwise": {"dense": lambda rows, device: (distributions(rows, device),)},
+}
+
+
+def forms(loss: Any) -> dict[str, Callable[[int, torch.device], Given]]:
+    """Those that a loss takes."""
+    of_family = FORMS[loss.__module__.rpartition(".")[2]]
+    call = loss.forward if isinstance(loss, type) else loss
+    names = [name for name in inspect.signature(call).parameters if name != "self"]
+    if of_family is not FORMS["distillation"]:
+        return of_family
+    takes_classes = len(names) > 2 and names[2] == "targets"
+    return {"dense": of_family["dense" if takes_classes else "alone"]}
 
 
 def upstreams(value: Tensor) -> Tensor:
@@ -78,7 +112,7 @@ def value_and_grad(f: Call, x: Tensor) -> tuple[Tensor, Tensor]:
 def second_derivative(f: Call, x: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
-    return torch.autograd.grad((grad * x.cos()).sum(), leaf)[0]
+    return torch.autograd.grad((grad * x.cos()).sum() + 0 * leaf.sum(), leaf)[0]  # of kl_div it does not depend on x
 
 
 def compiled(f: Call, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -186,21 +220,24 @@ WAYS += [
 ]
 
 
-@pytest.mark.parametrize(("feature", "backend", "form"), WAYS)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "feature", "backend", "form"),
+    [(name, *way) for name, function in FUNCTIONS.items() for way in WAYS if way[2] in forms(function)],
+)
 def test_features(name: str, feature: str, backend: str, form: str, device: torch.device) -> None:
-    x, y = logits(*SHAPE, device=device).detach(), targets(device)
-    labels = bf.SparseLabels.from_dense(y)
-    indices = labels.crow_indices, labels.col_indices
-    fixed = arguments(FUNCTIONS[name])
+    function, fixed = FUNCTIONS[name], needed(FUNCTIONS[name])
+    x = logits(*SHAPE, device=device).detach()
+    dense = forms(function)["dense"](SHAPE[0], device)
+    given = forms(function)[form](SHAPE[0], device)
+    indices = (given[0].crow_indices, given[0].col_indices) if form == "sparse" else None
 
     def ours(z: Tensor) -> Tensor:
-        given = y if form == "dense" else bf.SparseLabels(*indices, SHAPE)
-        loss: Tensor = FUNCTIONS[name](z, given, backend=backend, **fixed)
+        targets = given if indices is None else (bf.SparseLabels(*indices, SHAPE),)
+        loss: Tensor = function(z, *targets, backend=backend, **fixed)
         return loss
 
     def plain(z: Tensor) -> Tensor:
-        loss: Tensor = FUNCTIONS[name](z, y, backend="eager", **fixed)
+        loss: Tensor = function(z, *dense, backend="eager", **fixed)
         return loss
 
     run, expected = FEATURES[feature]
@@ -215,9 +252,10 @@ def test_features(name: str, feature: str, backend: str, form: str, device: torc
 def test_autocast_and_grad_scaler(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """The scaled loss gives the scaled gradient, rounded once; the loss itself stays float32."""
     torch.manual_seed(0)
-    module = MODULES[name](**module_arguments(MODULES[name])).to(device).eval()
+    module = MODULES[name](**needed(MODULES[name])).to(device).eval()
     module.backend = backend
-    features, y = torch.randn(SHAPE[0], 8, device=device), targets(device)
+    features, made = torch.randn(SHAPE[0], 8, device=device), forms(MODULES[name])["dense"](SHAPE[0], device)
+    given = [tensor.float() if tensor.is_floating_point() else tensor for tensor in made]
     head = nn.Linear(8, SHAPE[1], device=device)
     scaler = GradScaler(device.type, init_scale=2.0**10)
     for _ in range(2):
@@ -225,22 +263,22 @@ def test_autocast_and_grad_scaler(name: str, dtype: torch.dtype, backend: str, d
         with torch.autocast(device.type, dtype):
             logits_of_batch = head(features)
             logits_of_batch.retain_grad()
-            loss = module(logits_of_batch, y)
+            loss = module(logits_of_batch, *given)
         assert logits_of_batch.dtype == dtype
         assert loss.dtype == torch.float32
         scaler.scale(loss).backward()
         exact = logits_of_batch.detach().double().requires_grad_()
-        (true,) = torch.autograd.grad(module(exact, y), exact)
+        (true,) = torch.autograd.grad(module(exact, *given), exact)
         step = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
         torch.testing.assert_close(logits_of_batch.grad.double(), 2.0**10 * true, rtol=step, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_strict_export(name: str, device: torch.device) -> None:
-    module = MODULES[name](**module_arguments(MODULES[name])).to(device).eval()
-    x, y = logits(*SHAPE, device=device).detach(), targets(device)
-    exported = torch.export.export(module, (x, y), strict=True)
-    torch.testing.assert_close(exported.module()(x, y), module(x, y), **DOUBLE)
+    module = MODULES[name](**needed(MODULES[name])).to(device).eval()
+    given = (logits(*SHAPE, device=device).detach(), *forms(MODULES[name])["dense"](SHAPE[0], device))
+    exported = torch.export.export(module, given, strict=True)
+    torch.testing.assert_close(exported.module()(*given), module(*given), **DOUBLE)
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
@@ -248,23 +286,25 @@ def test_strict_export(name: str, device: torch.device) -> None:
 def test_a_compiled_module(name: str, backend: str, device: torch.device) -> None:
     """Static first, then a shape that Dynamo has not seen; and without a word of distrust."""
     torch._dynamo.reset()
-    kinds = MODULES[name], module_arguments(MODULES[name])
+    kinds = MODULES[name], needed(MODULES[name])
     module, plain = kinds[0](**kinds[1]).to(device).eval(), kinds[0](**kinds[1]).to(device).eval()
     module.backend = backend
     run = torch.compile(module, fullgraph=True, backend="aot_eager")
     for rows in (4, 7):
-        x, y = logits(rows, SHAPE[1], device=device), uniform(rows, SHAPE[1], device=device) < 0.4
-        for labels in (y, bf.SparseLabels.from_dense(y)):
-            found = value_and_grad(lambda z, labels=labels: run(z, labels), x)
-            torch.testing.assert_close(found, value_and_grad(lambda z, y=y: plain(z, y), x), **DOUBLE)
+        x, dense = logits(rows, SHAPE[1], device=device), forms(MODULES[name])["dense"](rows, device)
+        for form in forms(MODULES[name]).values():
+            given = form(rows, device)
+            found = value_and_grad(lambda z, given=given: run(z, *given), x)
+            torch.testing.assert_close(found, value_and_grad(lambda z, dense=dense: plain(z, *dense), x), **DOUBLE)
 
 
 OPERATORS = [
     (name, reduction, form)
-    for name in ("sigmoid_focal_loss", "zlpr_loss", "two_way_loss")
+    for name in ("sigmoid_focal_loss", "zlpr_loss", "two_way_loss", "cross_entropy", "r_drop_loss", "mse_loss")
     for reduction in ("none", "mean", "mean_positive")
-    for form in ("dense", "sparse", "masked")
-    if name != "two_way_loss" or reduction == "mean"
+    for form in (*forms(FUNCTIONS[name]), "masked")
+    if reduction == "mean" or (name != "two_way_loss" and (reduction == "none" or "sparse" in forms(FUNCTIONS[name])))
+    if form != "masked" or "mask" in inspect.signature(FUNCTIONS[name]).parameters or name == "sigmoid_focal_loss"
 ]
 
 
@@ -273,7 +313,7 @@ def test_operators_keep_torch_s_rules(
     name: str, reduction: str, form: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """torch.library.opcheck on what the compiler is handed."""
-    x, y = logits(*SHAPE, device=device), targets(device)
+    x = logits(*SHAPE, device=device)
     calls: list[tuple[Any, ...]] = []
     families: list[Family] = []
 
@@ -287,14 +327,15 @@ def test_operators_keep_torch_s_rules(
         patch.setattr("bertloss_fast.ops.dispatch.needs_plain_operations", lambda: True)
         patch.setattr("bertloss_fast.ops.dispatch.can_keep_operators", lambda: True)
         options: dict[str, Any] = {"mask": uniform(*SHAPE, device=device) < 0.7} if form == "masked" else {}
-        labels = bf.SparseLabels.from_dense(y) if form == "sparse" else y
-        FUNCTIONS[name](x, labels, reduction=reduction, backend="triton", **options)
+        given = forms(FUNCTIONS[name])["dense" if form == "masked" else form](SHAPE[0], device)
+        FUNCTIONS[name](x, *given, reduction=reduction, backend="triton", **options)
     [call], operators = calls, REGISTERED[families[0].name]
     torch.library.opcheck(operators.loss, call)
     loss, *saved = operators.loss(*call)
     kept = [tensor.detach() if tensor.numel() else None for tensor in saved]
     upstream = torch.ones_like(loss).detach()
-    torch.library.opcheck(operators.backward, (upstream, *kept, "triton", True, False, x.detach(), *call[1:]))
+    wanted = (True, families[0].grads_of_targets)
+    torch.library.opcheck(operators.backward, (upstream, *kept, "triton", *wanted, x.detach(), *call[1:]))
 
 
 class Rows(torch.utils.data.Dataset[tuple[Tensor, list[int]]]):

@@ -1,21 +1,34 @@
 """The losses as functions."""
 
+from .distillation import distillation_loss, js_div_loss, margin_mse_loss, r_drop_loss
 from .imbalance import distribution_balanced_loss, ghm_loss
+from .pointwise import kl_div, mse_loss
 from .rowwise import two_way_loss, zlpr_loss
 from .sigmoid import asymmetric_loss, binary_cross_entropy_with_logits, poly_focal_loss, sigmoid_focal_loss
+from .softmax import cross_entropy, ldam_loss, poly_cross_entropy, softmax_focal_loss
 from .weights import class_balanced_weight, label_counts, pos_weight_from_counts, prior_bias
 
 __all__ = [
     "asymmetric_loss",
     "binary_cross_entropy_with_logits",
     "class_balanced_weight",
+    "cross_entropy",
+    "distillation_loss",
     "distribution_balanced_loss",
     "ghm_loss",
+    "js_div_loss",
+    "kl_div",
     "label_counts",
+    "ldam_loss",
+    "margin_mse_loss",
+    "mse_loss",
+    "poly_cross_entropy",
     "poly_focal_loss",
     "pos_weight_from_counts",
     "prior_bias",
+    "r_drop_loss",
     "sigmoid_focal_loss",
+    "softmax_focal_loss",
     "two_way_loss",
     "zlpr_loss",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -18,9 +19,13 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_inputs(name: str, inputs: Tensor) -> None:
     """Logits: a dense tensor of a floating dtype that has kernels."""
-    _check_tensor(name, inputs)
-    if inputs.dtype not in _FLOATING:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(inputs.dtype)}")
+    check_tensor(name, inputs)
+    check_floating(name, inputs)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(tensor.dtype)}")
 
 
 def as_targets(
@@ -45,7 +50,7 @@ def as_targets(
             f"{name}: expected shape {(rows, *inputs.shape[-1:])}, the rows and labels of {inputs_name}, "
             f"got {tuple(targets.shape)}"
         )
-    _check_device(name, targets.crow_indices, inputs_name, inputs)
+    check_device(name, targets.crow_indices, inputs_name, inputs)
     return None, targets.crow_indices, targets.col_indices
 
 
@@ -53,17 +58,16 @@ def _check_targets(
     name: str, targets: Tensor, inputs_name: str, inputs: Tensor, ignore_index: int | None, mask: Tensor | None
 ) -> None:
     """Labels: of the inputs' shape and device; integers only 0 and 1, where they count and a look at them is free."""
-    _check_tensor(name, targets)
+    check_tensor(name, targets)
     if targets.is_complex():
         raise TypeError(f"{name}: expected bool, an integer or a floating dtype, got {_short(targets.dtype)}")
     if targets.shape != inputs.shape:
         raise ValueError(f"{name}: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(targets.shape)}")
-    _check_device(name, targets, inputs_name, inputs)
+    check_device(name, targets, inputs_name, inputs)
     if ignore_index is not None:
         _check_room_for_ignore_index(name, targets, ignore_index)
     if targets.is_floating_point():
-        if targets.dtype not in _FLOATING:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_short(targets.dtype)}")
+        check_floating(name, targets)
     elif targets.dtype != torch.bool and targets.numel() and dispatch.can_check_values(targets.device):
         _check_binary(name, targets, ignore_index, mask)
 
@@ -72,10 +76,15 @@ def check_ignore_index(ignore_index: int | None) -> None:
     """The target of what does not count: any integer but a label."""
     if ignore_index is None:
         return
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer or None, got {type(ignore_index).__name__}")
+    check_index("ignore_index", ignore_index, "an integer or None")
     if 0 <= ignore_index <= 1:
         raise ValueError(f"ignore_index: expected an integer that is no label, got {ignore_index}")
+
+
+def check_index(name: str, value: int, expected: str = "an integer") -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return value
 
 
 def _check_room_for_ignore_index(name: str, targets: Tensor, ignore_index: int) -> None:
@@ -117,23 +126,36 @@ def check_probabilities(name: str, values: Tensor, ignore_index: int | None = No
             raise ValueError(f"{name}: expected values from 0 to 1, got {low if low < 0 else high:g}")
 
 
+def check_values(name: str, values: Tensor, inputs_name: str, inputs: Tensor, *, integers: bool) -> None:
+    """Numbers, one for each input, that may require a gradient; ``integers`` and bool among them, or not."""
+    check_tensor(name, values)
+    whole = not values.is_floating_point() and not values.is_complex()
+    if values.dtype not in _FLOATING and not (integers and whole):
+        expected = "float16, bfloat16, float32 or float64"
+        expected = f"bool, an integer dtype, {expected}" if integers else expected
+        raise TypeError(f"{name}: expected {expected}, got {_short(values.dtype)}")
+    if values.shape != inputs.shape:
+        raise ValueError(f"{name}: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(values.shape)}")
+    check_device(name, values, inputs_name, inputs)
+
+
 def check_mask(mask: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
     """True for the elements that count."""
     if mask is None:
         return
-    _check_tensor("mask", mask)
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {_short(mask.dtype)}")
     if mask.shape != inputs.shape:
         raise ValueError(f"mask: expected shape {tuple(inputs.shape)} like {inputs_name}, got {tuple(mask.shape)}")
-    _check_device("mask", mask, inputs_name, inputs)
+    check_device("mask", mask, inputs_name, inputs)
 
 
 def check_sample_weight(sample_weight: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
     """One value a row."""
     if sample_weight is None:
         return
-    _check_constant("sample_weight", sample_weight, inputs_name, inputs)
+    check_constant("sample_weight", sample_weight, inputs_name, inputs)
     if not inputs.dim() or sample_weight.shape != inputs.shape[:-1]:
         raise ValueError(
             f"sample_weight: expected shape {tuple(inputs.shape[:-1])}, one value a row of {inputs_name}, "
@@ -150,7 +172,7 @@ def as_normalizer(normalizer: float | Tensor | None, reduction: str, inputs_name
     if not isinstance(normalizer, Tensor):
         value = check_positive("normalizer", normalizer)
         return torch.full((), value, dtype=torch.float64 if inputs.device.type != "mps" else None, device=inputs.device)
-    _check_constant("normalizer", normalizer, inputs_name, inputs)
+    check_constant("normalizer", normalizer, inputs_name, inputs)
     if normalizer.dim():
         raise ValueError(f"normalizer: expected a number or a tensor of shape (), got {tuple(normalizer.shape)}")
     return normalizer
@@ -171,9 +193,9 @@ def check_positive(name: str, value: float, low: float = 1 / LARGEST, high: floa
     return check_number(name, value, low, high)
 
 
-def check_reduction(reduction: str) -> None:
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+def check_reduction(reduction: str, known: Sequence[str] = REDUCTIONS) -> None:
+    if not isinstance(reduction, str) or reduction not in known:
+        raise ValueError(f"reduction: expected one of {', '.join(known)}, got {reduction!r}")
 
 
 def check_backend(backend: str | None) -> None:
@@ -211,7 +233,7 @@ def as_vector(name: str, vector: float | Tensor | None, inputs_name: str, inputs
         return None
     if not isinstance(vector, Tensor):
         return torch.full((), check_number(name, vector, 0), device=inputs.device)
-    _check_constant(name, vector, inputs_name, inputs)
+    check_constant(name, vector, inputs_name, inputs)
     num_labels = inputs.shape[-1] if inputs.dim() else 1
     if vector.dim() > min(inputs.dim(), 1) or vector.numel() not in (1, num_labels):
         raise ValueError(
@@ -225,7 +247,7 @@ def check_weight(weight: Tensor | None, inputs_name: str, inputs: Tensor, *, bro
     """A weight for each label or each element; torch's own functions also let it broadcast."""
     if weight is None:
         return
-    _check_constant("weight", weight, inputs_name, inputs)
+    check_constant("weight", weight, inputs_name, inputs)
     shape, wanted = tuple(weight.shape), tuple(inputs.shape)
     if broadcast:
         tail = wanted[len(wanted) - len(shape) :] if len(shape) <= len(wanted) else None
@@ -243,15 +265,15 @@ def check_no_gradient(name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name}: expected a tensor without gradient, since none flows to it; got requires_grad=True")
 
 
-def _check_constant(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
-    _check_tensor(name, tensor)
+def check_constant(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATING):
         raise TypeError(f"{name}: expected a real dtype of at least 16 bits, got {_short(tensor.dtype)}")
     check_no_gradient(name, tensor)
-    _check_device(name, tensor, inputs_name, inputs)
+    check_device(name, tensor, inputs_name, inputs)
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -260,7 +282,7 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {_short(value.layout)}")
 
 
-def _check_device(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, inputs_name: str, inputs: Tensor) -> None:
     if tensor.device != inputs.device:
         raise ValueError(f"{name}: expected device '{inputs.device}' like {inputs_name}, got '{tensor.device}'")
 

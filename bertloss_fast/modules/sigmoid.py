@@ -23,6 +23,7 @@ from ..functional.checks import (
 from ..functional.elementwise import Options
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
+from .shown import shown
 
 _OF_CALL = frozenset({"sample_weight", "mask", "normalizer"})
 
@@ -78,15 +79,9 @@ class ElementwiseLoss(nn.Module):
         return options | of_call  # type: ignore[return-value, operator]
 
     def extra_repr(self) -> str:
-        shown = {name: getattr(self, name) for name in self._shown} | {"reduction": self.reduction}
-        for name in ("weight", "pos_weight", "ignore_index", "label_smoothing"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, Tensor) or value):
-                shown[name] = value
-        return ", ".join(
-            f"{name}=tensor{tuple(value.shape)}" if isinstance(value, Tensor) else f"{name}={value!r}"
-            for name, value in shown.items()
-        )
+        more = {name: getattr(self, name) for name in ("weight", "pos_weight", "ignore_index")}
+        options = {name: getattr(self, name) for name in (*self._shown, "reduction")}
+        return shown({**options, **more, "label_smoothing": self.label_smoothing or None})
 
     _shown: tuple[str, ...] = ()
 

@@ -111,9 +111,7 @@ class _Maker:
         operands, spec = self.unpack(arguments)
         loss = operands.inputs.new_empty(self.family.loss_shape(spec, operands), dtype=spec.loss_dtype)
         shapes = self.family.saved_shapes(spec, operands)
-        return loss, *(
-            loss.new_empty((0,) if shape is None else shape, dtype=spec.compute_dtype) for shape in shapes
-        )
+        return loss, *(loss.new_empty((0,) if shape is None else shape, dtype=spec.compute_dtype) for shape in shapes)
 
     def run_backward(self, upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         saved, (backend, of_inputs, of_targets), arguments = arguments[:3], arguments[3:6], arguments[6:]

@@ -35,8 +35,8 @@ Shape = tuple[int, ...]
 class Family(NamedTuple):
     """A family's code. What a call is, says its ``spec``; its tensors are the ``operands``.
 
-    Both are NamedTuples of the family's own. The first operands are ``inputs`` and ``targets``, to which gradients flow.
-    """
+    Both are NamedTuples of the family's own. The first operands are ``inputs`` and ``targets``, to which gradients
+    flow."""
 
     name: str
     spec: type

@@ -25,14 +25,20 @@ def rows_and_labels(inputs: Tensor) -> tuple[int, int]:
     return inputs.numel() // max(num_labels, 1), num_labels
 
 
+def as_matrix(tensor: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """What broadcasts to the inputs as [N, L], by a view wherever strides allow one."""
+    if tensor is None:
+        return None
+    matrix = tensor.expand(inputs.shape).reshape(rows_and_labels(inputs))
+    return matrix.resolve_neg()  # a negation that torch has put off
+
+
 def as_matrices(operands: Operands) -> Operands:
     """Every operand as [N, L], [N] or [L], by views wherever strides allow them."""
-    rows, num_labels = shape = rows_and_labels(operands.inputs)
+    rows, num_labels = rows_and_labels(operands.inputs)
 
     def matrix(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.expand(operands.inputs.shape).reshape(shape).resolve_neg()  # a negation that torch has put off
+        return as_matrix(tensor, operands.inputs)
 
     def by_label(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.expand(num_labels).resolve_neg()

@@ -21,9 +21,10 @@ from .passes import denominator, is_counted
 from .upstream import Expected, UpstreamMemory, number_that_came
 
 if dispatch.TRITON_ERROR is None:
+    from ..kernels.elements import num_programs
     from ..kernels.formulas import Values
     from ..kernels.passes import sum_launcher
-    from ..kernels.sigmoid import num_programs, sigmoid_launcher
+    from ..kernels.sigmoid import sigmoid_launcher
     from ..kernels.upstream import Upstream
     from .launch import expected_upstream, matrices, upstream_of
 

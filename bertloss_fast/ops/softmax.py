@@ -1,0 +1,236 @@
+"""The single-label family's forward and backward: losses of a row of logits and a class, and of two rows of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn import functional as F
+
+from ..reference import softmax as reference
+from ..reference.softmax import Denominators, Operands, Spec
+from . import dispatch
+from .autograd import compute_loss
+from .blocks import block_size
+from .compiled import register
+from .families import Family, Gradients, Saved, Shape, Wanted
+from .inner import inner_autograd
+from .upstream import Expected, UpstreamMemory, number_that_came
+
+if dispatch.TRITON_ERROR is None:
+    from ..kernels.upstream import Upstream
+    from .launch import expected_upstream, upstream_of
+    from .softmax_launch import counted_denominators, launch, new_partials, sum_partials
+
+_PAIRS = ("distillation", "r_drop", "js", "margin_mse")
+# Of these the second logits are trained too.
+_SYMMETRIC = ("r_drop", "js", "margin_mse")
+
+
+def softmax_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None) -> Tensor:
+    """A loss of the family, on valid arguments."""
+    if backend == "eager" and _is_torch_s(spec, operands):
+        return _torch_cross_entropy(spec, operands)
+    return compute_loss(_SYMMETRIC_PAIRS if spec.formula in _SYMMETRIC else _SOFTMAX, spec, operands, backend, memory)
+
+
+def _is_torch_s(spec: Spec, operands: Operands) -> bool:
+    """Whether torch's own kernel for the CPU serves, which is the best there is; of 16 bits it rounds too often."""
+    return (
+        spec.formula == "cross_entropy"
+        and spec.z_loss == spec.softcap == 0
+        and operands.inputs.dtype == spec.compute_dtype
+        and operands.inputs.device.type == "cpu"
+        and operands.inputs.numel() > 0
+        and not dispatch.needs_plain_operations()
+    )
+
+
+def _torch_cross_entropy(spec: Spec, operands: Operands) -> Tensor:
+    num_classes = operands.inputs.shape[-1]
+    inputs = operands.inputs.reshape(-1, num_classes)
+    if operands.labels is None:
+        target = cast(Tensor, operands.targets).to(spec.compute_dtype).reshape(-1, num_classes)
+    else:
+        target = operands.labels.reshape(-1).long()
+    weight = None if operands.weight is None else operands.weight.to(spec.compute_dtype)
+
+    def compute(reduction: str) -> Tensor:
+        return F.cross_entropy(inputs, target, weight, None, spec.ignored, None, reduction, spec.smoothing)
+
+    if operands.sample_weight is not None or spec.reduction == "none":
+        losses = compute("none").reshape(operands.inputs.shape[:-1])
+        if operands.sample_weight is not None:
+            losses = losses * operands.sample_weight.to(spec.compute_dtype)
+        if spec.reduction == "none":
+            return losses.to(spec.loss_dtype)
+        return (losses.sum() / reference.denominators(spec, operands).of_losses).to(spec.loss_dtype)
+    if spec.reduction == "mean" and operands.normalizer is None:
+        loss = compute("mean")
+        if loss.item() == loss.item() or operands.labels is None:
+            return loss.to(spec.loss_dtype)
+    # Where no target counts, torch divides by 0.
+    return (compute("sum") / reference.denominators(spec, operands).of_losses).to(spec.loss_dtype)
+
+
+def _loss_shape(spec: Spec, operands: Operands) -> Shape:
+    return tuple(operands.inputs.shape[:-1]) if spec.reduction == "none" else ()
+
+
+def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape | None, Shape | None]:
+    return (2,) if reference.is_counted(spec, operands) else None, None, None
+
+
+def _as_rows(operands: Operands) -> Operands:
+    """Every operand as [N, C], [N] or [C], by views wherever strides allow them."""
+    num_classes = operands.inputs.shape[-1]
+
+    def matrix(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(-1, num_classes).resolve_neg()
+
+    def vector(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(-1).resolve_neg().contiguous()
+
+    return operands._replace(
+        inputs=cast(Tensor, matrix(operands.inputs)),
+        targets=matrix(operands.targets),
+        labels=vector(operands.labels),
+        weight=vector(operands.weight),
+        margins=vector(operands.margins),
+        sample_weight=vector(operands.sample_weight),
+    )
+
+
+def _forward(
+    backend: str, spec: Spec, operands: Operands, expected: Expected | None, wanted: Wanted
+) -> tuple[Tensor, Saved]:
+    num_rows_of = operands.inputs.shape[:-1]
+    grads = _new_gradients(operands, wanted)
+    counted, divided = _denominators(spec, operands, backend)
+    rows = _as_rows(operands)
+    flat = _flat(grads)
+    if backend == "triton":
+        upstream, note = expected_upstream(expected, grads[0] if grads[1] is None else grads[1])
+        reduced = spec.reduction != "none"
+        loss = operands.inputs.new_empty(() if reduced else num_rows_of, dtype=spec.loss_dtype)
+        partials = new_partials(spec, rows) if reduced else None
+        launch(spec, rows, divided, upstream, None, loss if partials is None else partials, flat)
+        if partials is not None:
+            sum_partials(partials, loss)
+    else:
+        note = None if expected is None else expected.value
+        losses = _eager(spec, rows, divided, note, flat)
+        loss = losses.reshape(num_rows_of) if spec.reduction == "none" else losses.sum()
+        loss = loss.to(spec.loss_dtype)
+    return loss, Saved(*grads, note=note, denominator=counted)
+
+
+def _backward(
+    backend: str,
+    spec: Spec,
+    operands: Operands,
+    saved: Saved,
+    upstream: Tensor,
+    expected: Expected | None,
+    wanted: Wanted,
+) -> Gradients:
+    written = saved.grad is not None or saved.grad_targets is not None
+    if backend == "eager":
+        number = number_that_came(upstream, expected)
+        if written and number == (1 if saved.note is None else saved.note.item()):
+            return saved.grad, saved.grad_targets
+    grads = (saved.grad, saved.grad_targets) if written else _new_gradients(operands, wanted)
+    if saved.denominator is None:
+        divided = _denominators(spec, operands, backend)[1]
+    else:
+        divided = Denominators(saved.denominator[0], saved.denominator[1])
+    rows, flat = _as_rows(operands), _flat(grads)
+    if backend == "triton":
+        if any(upstream.stride()):
+            launch(spec, rows, divided, Upstream(), upstream.reshape(-1).contiguous(), None, flat)
+        else:
+            launch(spec, rows, divided, upstream_of(upstream, saved, expected), None, None, flat, written=written)
+    else:
+        each = upstream.to(spec.compute_dtype).expand(operands.inputs.shape[:-1]).reshape(-1)
+        _eager(spec, rows, divided, each, flat)
+    return grads
+
+
+def _new_gradients(operands: Operands, wanted: Wanted) -> Gradients:
+    targets = operands.targets
+    return (
+        operands.inputs.new_empty(operands.inputs.shape) if wanted.inputs else None,
+        targets.new_empty(targets.shape) if wanted.targets and targets is not None else None,
+    )
+
+
+def _flat(grads: Gradients) -> Gradients:
+    of_inputs, of_targets = (None if grad is None else grad.view(-1, grad.shape[-1]) for grad in grads)
+    return of_inputs, of_targets
+
+
+def _denominators(spec: Spec, operands: Operands, backend: str) -> tuple[Tensor | None, Denominators]:
+    """What is counted, [2] for backward, and the denominators."""
+    if not reference.is_counted(spec, operands):
+        return None, reference.denominators(spec, operands)
+    counted = None
+    if backend == "triton":
+        counted = counted_denominators(spec, operands)
+    if counted is None:
+        counted = torch.stack(cast(tuple[Tensor, Tensor], reference.denominators(spec, operands)))
+    return counted, Denominators(counted[0], counted[1])
+
+
+def _eager(spec: Spec, operands: Operands, divided: Denominators, upstream: Tensor | None, grads: Gradients) -> Tensor:
+    """The loss of each row, [N], and the gradients: plain operations under autograd, on the CPU in blocks of rows.
+
+    An upstream is a scalar, or [N].
+    """
+    losses = operands.inputs.new_empty(len(operands.inputs), dtype=spec.compute_dtype)
+    wanted = [grad is not None for grad in grads]
+    for rows, part in _parts(operands):
+        each = None if upstream is None else upstream.expand(len(losses))[rows].contiguous()
+        with inner_autograd() if any(wanted) else nullcontext():
+            leaves = [part.inputs.detach(), None if part.targets is None else part.targets.detach()]
+            sources = [cast(Tensor, leaf).requires_grad_() for leaf, asked in zip(leaves, wanted, strict=True) if asked]
+            of_rows, z = reference.rows(spec, part._replace(inputs=cast(Tensor, leaves[0]), targets=leaves[1]))
+            of_rows = of_rows / divided.of_losses
+            of_rows = of_rows if z is None else of_rows + z / divided.of_z
+            each = torch.ones_like(of_rows) if each is None else each
+            found = torch.autograd.grad(of_rows, sources, each) if sources else ()
+        losses[rows] = of_rows.detach()
+        for grad, values in zip((grad for grad in grads if grad is not None), found, strict=True):
+            # What is written is not what autograd saved for a second use: its version stays.
+            with _unsafe_preserve_version_counter(grad):
+                grad[rows] = values
+    return losses
+
+
+def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
+    """Rows in groups that stay in the cache."""
+    inputs, targets, labels, sample_weight = (
+        operands.inputs,
+        operands.targets,
+        operands.labels,
+        operands.sample_weight,
+    )
+    step = max(block_size(inputs) // inputs.shape[1], 1)
+    for start in range(0, len(inputs), step):
+        rows = slice(start, min(start + step, len(inputs)))
+        yield (
+            rows,
+            operands._replace(
+                inputs=inputs[rows],
+                targets=None if targets is None else targets[rows],
+                labels=None if labels is None else labels[rows],
+                sample_weight=None if sample_weight is None else sample_weight[rows],
+            ),
+        )
+
+
+_SOFTMAX = register(Family("softmax", Spec, Operands, reference.loss, _forward, _backward, _loss_shape, _saved_shapes))
+_SYMMETRIC_PAIRS = register(_SOFTMAX._replace(name="symmetric", grads_of_targets=True))

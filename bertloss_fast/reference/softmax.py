@@ -1,0 +1,252 @@
+"""The single-label family in plain PyTorch: the eager backend, and every derivative beyond the first.
+
+A hard label t makes softmax a sigmoid: with u = log(sum of e^(x_j), j != t) - x_t, the probability of the label is
+sigmoid(-u), of all others sigmoid(u), and cross-entropy is softplus(u). None of the three loses its digits at an end.
+Class probabilities have no t; there the class of the greatest logit stands in its place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Spec(NamedTuple):
+    """What a loss is, apart from its tensors."""
+
+    formula: str
+    params: tuple[float, ...]
+    smoothing: float
+    ignored: int
+    softcap: float  # 0 for none
+    z_loss: float
+    reduction: str
+    compute_dtype: torch.dtype
+    loss_dtype: torch.dtype
+
+
+class Operands(NamedTuple):
+    """The tensors of a call."""
+
+    inputs: Tensor  # [..., C]
+    targets: Tensor | None = None  # [..., C]: class probabilities, or the logits of another model
+    labels: Tensor | None = None  # [...]: classes
+    weight: Tensor | None = None  # [C]
+    margins: Tensor | None = None  # [C]
+    sample_weight: Tensor | None = None  # [...]
+    normalizer: Tensor | None = None  # []
+
+
+class Denominators(NamedTuple):
+    """What the sum of the losses is divided by, and that of what z_loss adds."""
+
+    of_losses: int | Tensor
+    of_z: int | Tensor
+
+
+def loss(spec: Spec, operands: Operands) -> Tensor:
+    """The loss, reduced, as differentiable operations."""
+    losses, z = rows(spec, operands)
+    if spec.reduction == "none":
+        return (losses if z is None else losses + z).to(spec.loss_dtype)
+    divided = denominators(spec, operands)
+    total = losses.sum() / divided.of_losses
+    return (total if z is None else total + z.sum() / divided.of_z).to(spec.loss_dtype)
+
+
+def rows(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """The loss of every row, [...], and what z_loss adds to it."""
+    kept = keep(spec, operands)
+    if kept is not None:  # what does not count is no source of NaN
+        inputs = torch.where(kept.unsqueeze(-1), operands.inputs, 0)
+        targets = None if operands.targets is None else torch.where(kept.unsqueeze(-1), operands.targets, 0)
+        operands = operands._replace(inputs=inputs, targets=targets)
+    losses, z = _FORMULAS[spec.formula](spec, operands)
+    if operands.sample_weight is not None:
+        losses = losses * operands.sample_weight.to(losses.dtype)
+    if kept is not None:
+        losses = torch.where(kept, losses, 0)
+        z = None if z is None else torch.where(kept, z, 0)
+    return losses, z
+
+
+def keep(spec: Spec, operands: Operands) -> Tensor | None:
+    """Which rows count; None for all."""
+    return None if operands.labels is None else operands.labels != spec.ignored
+
+
+def counts_weights(spec: Spec, operands: Operands) -> bool:
+    """Whether a mean is one over weights, as torch's cross-entropy has it."""
+    return spec.formula == "cross_entropy" and operands.weight is not None
+
+
+def is_counted(spec: Spec, operands: Operands) -> bool:
+    """Whether a denominator depends on data."""
+    return spec.reduction == "mean" and operands.labels is not None and operands.normalizer is None
+
+
+def denominators(spec: Spec, operands: Operands) -> Denominators:
+    """Numbers where they do not depend on data."""
+    if operands.normalizer is not None:
+        number = operands.normalizer.to(spec.compute_dtype)
+        return Denominators(number, number)
+    if not is_counted(spec, operands):
+        known = 1 if spec.reduction in ("none", "sum") else operands.inputs.shape[:-1].numel()
+        per_row = operands.inputs.shape[-1] - 1 if spec.formula == "margin_mse" and spec.reduction == "mean" else 1
+        return Denominators(max(known * per_row, 1), max(known, 1))
+    assert operands.labels is not None
+    kept = operands.labels != spec.ignored
+    num_rows = kept.sum(dtype=spec.compute_dtype).clamp_min(1)
+    if not counts_weights(spec, operands):
+        return Denominators(num_rows, num_rows)
+    assert operands.weight is not None
+    weights = operands.weight.to(spec.compute_dtype)[torch.where(kept, operands.labels, 0).long()]
+    total = torch.where(kept, weights, 0).sum()
+    return Denominators(torch.where(total == 0, 1, total), num_rows)
+
+
+def _logits(spec: Spec, x: Tensor) -> Tensor:
+    x = x.to(spec.compute_dtype)
+    if spec.softcap:
+        capped = spec.softcap * torch.tanh(x / spec.softcap)
+        x = torch.where(x == -torch.inf, x, capped)
+    return x
+
+
+class Row(NamedTuple):
+    """Of each row."""
+
+    x: Tensor  # [..., C]
+    at: Tensor  # [..., C], true at the label, or at the greatest logit where there is none
+    x_at: Tensor  # [..., 1]
+    u: Tensor  # [..., 1]
+
+
+def _row(spec: Spec, x: Tensor, labels: Tensor | None, margins: Tensor | None = None) -> Row:
+    if labels is None:
+        at = x.detach().argmax(-1, keepdim=True)
+    else:
+        at = torch.where(labels == spec.ignored, 0, labels).long().unsqueeze(-1)
+    marked = at == torch.arange(x.shape[-1], device=x.device)
+    x_at = x.gather(-1, at)
+    if margins is not None:
+        x_at = x_at - spec.params[0] * margins.to(x.dtype)[at]
+    others = x.masked_fill(marked, torch.finfo(x.dtype).min).logsumexp(
+        -1, keepdim=True
+    )  # finite, for second derivatives
+    return Row(x, marked, x_at, others - x_at)
+
+
+def _softplus(u: Tensor) -> Tensor:
+    return F.softplus(u, threshold=40)  # torch's 20 is 2e-9 off
+
+
+def _classes(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy, and the losses that are made of it."""
+    ldam, focal = spec.formula == "ldam", spec.formula == "focal"
+    x = _logits(spec, operands.inputs)
+    if ldam:
+        x = x * spec.params[0]
+    row = _row(spec, x, operands.labels, operands.margins)
+    num_classes = x.shape[-1]
+    weight = None if operands.weight is None else operands.weight.to(x.dtype)
+    of_label = weight_of_label(spec, operands, weight)
+    # Of the smoothed target: what is on the label, and what is spread over all classes.
+    spread: Tensor | None = None
+    if operands.targets is not None:
+        spread = operands.targets.to(x.dtype) * (1 - spec.smoothing) + spec.smoothing / num_classes
+    elif spec.smoothing:
+        spread = torch.full_like(x, spec.smoothing / num_classes)
+    hard = x.new_zeros(()) if operands.targets is not None else x.new_tensor(1 - spec.smoothing)
+    per_row: Tensor | None = None
+    if focal or ldam:
+        per_row = of_label
+    else:
+        spread = spread if spread is None or weight is None else spread * weight
+        hard = hard if of_label is None else hard * of_label.unsqueeze(-1)
+    nll = _softplus(row.u)
+    losses = hard * nll
+    if spread is not None:
+        skipped = row.at | (spread == 0)
+        distance = torch.where(skipped, 0, row.x_at - row.x.masked_fill(skipped, 0))
+        losses = losses + spread.sum(-1, keepdim=True) * nll + (spread * distance).sum(-1, keepdim=True)
+    if spec.formula == "poly":
+        missing = hard * torch.sigmoid(row.u)
+        if spread is not None:
+            others = torch.where(row.at, torch.sigmoid(row.u), 1 - x.softmax(-1))
+            missing = missing + (spread * others).sum(-1, keepdim=True)
+        losses = losses + spec.params[0] * missing
+    if focal and spec.params[0]:
+        losses = losses * torch.exp(spec.params[0] * F.logsigmoid(row.u))
+    losses = losses.squeeze(-1)
+    losses = losses if per_row is None else losses * per_row
+    z = spec.z_loss * x.logsumexp(-1).square() if spec.z_loss else None
+    return losses, z
+
+
+def weight_of_label(spec: Spec, operands: Operands, weight: Tensor | None) -> Tensor | None:
+    if weight is None or operands.labels is None:
+        return None
+    return weight[torch.where(operands.labels == spec.ignored, 0, operands.labels).long()]
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q); a class that p does not have adds 0."""
+    absent = log_p == -torch.inf
+    return torch.where(absent, 0, log_p.exp() * (log_p - log_q).masked_fill(absent, 0)).sum(-1)
+
+
+def _distillation(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
+    temperature, alpha = spec.params
+    assert operands.targets is not None
+    x, teacher = operands.inputs.to(spec.compute_dtype), operands.targets.detach().to(spec.compute_dtype)
+    kl = _kl((teacher / temperature).log_softmax(-1), (x / temperature).log_softmax(-1)) * temperature**2
+    if operands.labels is None:
+        return kl, None
+    nll = _softplus(_row(spec, x, operands.labels).u).squeeze(-1)
+    return alpha * kl + (1 - alpha) * nll, None
+
+
+def _r_drop(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
+    assert operands.targets is not None
+    a, b = operands.inputs.to(spec.compute_dtype), operands.targets.to(spec.compute_dtype)
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    nll = _softplus(_row(spec, a, operands.labels).u) + _softplus(_row(spec, b, operands.labels).u)
+    return 0.5 * (nll.squeeze(-1) + spec.params[0] * (_kl(log_p, log_q) + _kl(log_q, log_p))), None
+
+
+def _js(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
+    assert operands.targets is not None
+    log_p = operands.inputs.to(spec.compute_dtype).log_softmax(-1)
+    log_q = operands.targets.to(spec.compute_dtype).log_softmax(-1)
+    absent = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_m = torch.logaddexp(log_p.masked_fill(absent, 0), log_q.masked_fill(absent, 0)) - 0.6931471805599453
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m)), None
+
+
+def _margin_mse(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
+    assert operands.targets is not None
+    error = operands.inputs.to(spec.compute_dtype) - operands.targets.to(spec.compute_dtype)
+    return (error[..., :1] - error[..., 1:]).square().sum(-1), None
+
+
+def _z_loss(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor]:
+    """What z_loss adds, alone."""
+    z = spec.z_loss * _logits(spec, operands.inputs).logsumexp(-1).square()
+    return torch.zeros_like(z), z
+
+
+_FORMULAS = {
+    "z_loss": _z_loss,
+    "cross_entropy": _classes,
+    "focal": _classes,
+    "poly": _classes,
+    "ldam": _classes,
+    "distillation": _distillation,
+    "r_drop": _r_drop,
+    "js": _js,
+    "margin_mse": _margin_mse,
+}
