@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DOUBLE, logits, uniform
+from public import FUNCTIONS, MODULES, SHAPE, forms, needed
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.amp import GradScaler
@@ -24,79 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import bertloss_fast as bf
-from bertloss_fast import functional
 from bertloss_fast.ops.compiled import OPERATORS as REGISTERED
 from bertloss_fast.ops.families import Family
 
-SHAPE = (4, 6)
-# What cannot have a default, of the losses that have such arguments.
-NEEDED = {"class_counts": [60, 30, 9, 3, 1, 0], "num_samples": 100, "counts": [60, 30, 9, 3, 1, 0]}
-
-
-def needed(function: Any) -> dict[str, Any]:
-    """Those arguments, and a reduction to a scalar."""
-    parameters = inspect.signature(function).parameters
-    fixed = {name: NEEDED[name] for name in parameters if name in NEEDED}
-    return fixed | ({"reduction": "mean"} if "reduction" in parameters else {})
-
-
-def is_loss(function: Any) -> bool:
-    return "reduction" in inspect.signature(function).parameters
-
-
-FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__ if is_loss(getattr(functional, name))}
-MODULES = {
-    name: value
-    for name, value in vars(bf).items()
-    if isinstance(value, type) and issubclass(value, nn.Module) and name in bf.__all__
-}
 Call = Callable[[Tensor], Tensor]
-Given = tuple[Any, ...]
-
-
-def labels(rows: int, device: torch.device) -> Tensor:
-    """Dense labels of several classes."""
-    return uniform(rows, SHAPE[1], device=device, seed=3) < 0.4
-
-
-def classes(rows: int, device: torch.device) -> Tensor:
-    """One class a row, one of them for none."""
-    made = torch.arange(rows, device=device) % SHAPE[1]
-    made[1] = -100
-    return made
-
-
-def distributions(rows: int, device: torch.device) -> Tensor:
-    return logits(rows, SHAPE[1], device=device, seed=4).detach().softmax(-1)
-
-
-# What comes after the logits, by the family that a function or module is of, whose file has its name.
-OF_SEVERAL: dict[str, Callable[[int, torch.device], Given]] = {
-    "dense": lambda rows, device: (labels(rows, device),),
-    "sparse": lambda rows, device: (bf.SparseLabels.from_dense(labels(rows, device)),),
-}
-FORMS: dict[str, dict[str, Callable[[int, torch.device], Given]]] = {
-    "sigmoid": OF_SEVERAL,
-    "imbalance": OF_SEVERAL,
-    "rowwise": OF_SEVERAL,
-    "softmax": {"dense": lambda rows, device: (classes(rows, device),)},
-    "distillation": {
-        "dense": lambda rows, device: (distributions(rows, device), classes(rows, device)),
-        "alone": lambda rows, device: (distributions(rows, device),),
-    },
-    "pointwise": {"dense": lambda rows, device: (distributions(rows, device),)},
-}
-
-
-def forms(loss: Any) -> dict[str, Callable[[int, torch.device], Given]]:
-    """Those that a loss takes."""
-    of_family = FORMS[loss.__module__.rpartition(".")[2]]
-    call = loss.forward if isinstance(loss, type) else loss
-    names = [name for name in inspect.signature(call).parameters if name != "self"]
-    if of_family is not FORMS["distillation"]:
-        return of_family
-    takes_classes = len(names) > 2 and names[2] == "targets"
-    return {"dense": of_family["dense" if takes_classes else "alone"]}
 
 
 def upstreams(value: Tensor) -> Tensor:
