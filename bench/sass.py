@@ -70,6 +70,7 @@ def compiling(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
 
     driver.set_active(_Driver(target))
     device.USE_PTX = tl.constexpr(target.backend == "cuda")
+    device.LANES = target.warp_size
     meta = SimpleNamespace(device_of=nullcontext)  # what launchers ask of a tensor's device
     with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch, "meta", meta, create=True):
         yield kernels
@@ -220,19 +221,25 @@ class Report(NamedTuple):
     exchanges: int  # shared memory, shuffles and barriers
 
 
+_OF_ROWS = ("_softmax_kernel", "_pairs_kernel")
 _TILE_SIZES = {"BLOCK", "ROWS", "BLOCK_N", "BLOCK_L", "PARTS", "LINES"}
 
 
 def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
     code = machine_code(kernel)
     loops = code.loops()
-    # Full tiles come first in the source, and the compilers keep it so.
-    body = loops[0] if loops else []
+    if kernel.src.fn.__name__ in _OF_ROWS:
+        # One loop over rows; of long rows a loop for each reading; or none, where a program has one row in one tile.
+        body = [instruction for loop in loops for instruction in loop] or code.instructions
+    else:
+        # Full tiles come first in the source, and the compilers keep it so.
+        body = loops[0] if loops else []
     searches = inner_loops(body)
     way = shortest_way(body) if searches else body
     names = kernel.src.fn.arg_names
     tile = math.prod(size for path, size in kernel.src.constants.items() if names[path[0]] in _TILE_SIZES)
-    elements = tile // (kernel.metadata.num_warps * ARCHS[arch].warp_size)
+    threads = kernel.metadata.num_warps * ARCHS[arch].warp_size
+    elements = max(tile // threads, 1)
     return Report(
         arch,
         variant,

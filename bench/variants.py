@@ -3,6 +3,7 @@
 import torch
 
 from .launches import Lines, Pass, Pointwise, Sigmoid
+from .row_launches import Rows
 
 _FOCAL_2 = Sigmoid("focal", (2,))
 _ASL = Sigmoid("asymmetric", (4.0, 1.0, 0.05, False))
@@ -148,6 +149,45 @@ POINTWISE: dict[str, Pointwise] = {
     "kl log_target both": _KL._replace(formula="kl of logs", step="both"),
 }
 
+_CE, _FOCAL_ROWS, _LDAM = Rows("cross_entropy"), Rows("focal", (2.0,)), Rows("ldam", (30.0,))
+_POLY_OF_ALL = Rows("poly", (2.0,), probabilities=torch.float32, weight=True, smoothing=0.1)
+_DISTILLATION, _R_DROP, _JS = Rows("distillation", (2.0, 0.5)), Rows("r_drop", (1.0,)), Rows("js", labels=False)
+# Several rows a tile, one, the longest; an odd vocabulary, an aligned one, and a million.
+_CLASSES = (2, 20, 1000, 4096, 30522, 32768, 50257, 131072, 1000003)
+
+ROWS: dict[str, Rows] = {
+    **{f"ce {classes}": _CE._replace(num_classes=classes) for classes in _CLASSES},
+    "ce 1000 fp32": _CE._replace(inputs=torch.float32),
+    "ce 30522 fp32": _CE._replace(inputs=torch.float32, num_classes=30522),
+    "ce 1000 fp64": _CE._replace(inputs=torch.float64),
+    "ce 30522 fp64": _CE._replace(inputs=torch.float64, num_classes=30522),
+    "ce 1000 loss": _CE._replace(step="loss"),
+    "ce 1000 backward": _CE._replace(step="backward"),
+    "ce 1000 backward none": _CE._replace(step="backward none"),
+    "ce 30522 backward": _CE._replace(step="backward", num_classes=30522),
+    "ce 1000 wide": _CE._replace(rows=2**31 // 1000 + 2),
+    "ce 1000 smoothing weight": _CE._replace(smoothing=0.1, weight=True),
+    "ce 1000 z_loss softcap": _CE._replace(z_loss=1e-4, softcap=30.0),
+    "ce 30522 z_loss softcap": _CE._replace(z_loss=1e-4, softcap=30.0, num_classes=30522),
+    "ce 1000 probabilities": _CE._replace(probabilities=torch.float32),
+    "ce 30522 probabilities": _CE._replace(probabilities=torch.float32, num_classes=30522),
+    "softmax focal 1000": _FOCAL_ROWS,
+    "softmax focal 30522": _FOCAL_ROWS._replace(num_classes=30522),
+    "softmax focal 3.7 1000": _FOCAL_ROWS._replace(params=(3.7,), weight=True),
+    "softmax focal 1000 smoothing": _FOCAL_ROWS._replace(smoothing=0.1),
+    "poly ce 1000": Rows("poly", (2.0,)),
+    "poly ce 1000 probabilities": _POLY_OF_ALL,
+    "poly ce 30522 probabilities": _POLY_OF_ALL._replace(num_classes=30522),
+    "ldam 1000": _LDAM,
+    **{f"distillation {classes}": _DISTILLATION._replace(num_classes=classes) for classes in (20, 1000, 8192, 30522)},
+    "distillation 1000 alone": _DISTILLATION._replace(labels=False),
+    "distillation 1000 fp32": _DISTILLATION._replace(inputs=torch.float32),
+    **{f"r_drop {classes}": _R_DROP._replace(num_classes=classes) for classes in (1000, 30522)},
+    **{f"js {classes}": _JS._replace(num_classes=classes) for classes in (1000, 30522)},
+    "js 1000 fp64": _JS._replace(inputs=torch.float64),
+    "margin_mse 8": Rows("margin_mse", num_classes=8, labels=False),
+}
+
 PASSES: dict[str, Pass] = {
     "count": Pass("count", targets=torch.int8, ignored=-100),
     "count mask": Pass("count", targets="sparse", mask=True),
@@ -166,4 +206,4 @@ PASSES: dict[str, Pass] = {
     "sum bf16": Pass("sum", denominator=63),
 }
 
-VARIANTS: dict[str, Sigmoid | Lines | Pointwise | Pass] = {**SIGMOID, **LINES, **POINTWISE, **PASSES}
+VARIANTS: dict[str, Sigmoid | Lines | Pointwise | Rows | Pass] = {**SIGMOID, **LINES, **POINTWISE, **ROWS, **PASSES}

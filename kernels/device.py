@@ -23,6 +23,9 @@ USE_PTX = tl.constexpr(
     not INTERPRETED.value and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
 )
 
+# Threads of a warp, of which a block of threads has at most 1024.
+LANES = 64 if torch.version.hip else 32
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LARGE = tl.constexpr(1e30)  # finite stand-in for infinity: 0 * LARGE is 0

@@ -26,7 +26,19 @@ from .device import LN2, exp_difference, load_as, sigmoids, store_rounded
 from .elements import triton_dtype
 from .launch import launch_scope
 from .operands import extent, load, matrix
-from .softmax import Config, Launch, Loss, Operands, Sums, finite, load_rows, margin_of, num_programs, place_of
+from .softmax import (
+    Config,
+    Launch,
+    Loss,
+    Operands,
+    Sums,
+    finite,
+    load_rows,
+    margin_of,
+    num_programs,
+    num_warps,
+    place_of,
+)
 from .upstream import Upstream, inverse, receive
 
 
@@ -273,13 +285,14 @@ class Formula(NamedTuple):
     add: Any  # the sums of a tile
     loss: Any  # of rows, and what their gradient needs; None for JS, whose loss is a second sum
     gradient: Any  # of both tiles
+    of_first: bool = False  # the label is the first class
 
 
 FORMULAS = {
     "distillation": Formula(add_distillation, distillation, distillation_gradient),
     "r_drop": Formula(add_r_drop, r_drop, r_drop_gradient),
     "js": Formula(add_js, None, js_gradient),
-    "margin_mse": Formula(add_margins, margins, margins_gradient),
+    "margin_mse": Formula(add_margins, margins, margins_gradient, of_first=True),
 }
 
 
@@ -325,15 +338,75 @@ def _store_both(
     slopes,
     factor,
     num_rows,
-    GRADIENT: tl.constexpr,
+    FORMULA: tl.constexpr,
     WANTED: tl.constexpr,
     LAUNCH: tl.constexpr,
 ):
-    gradient = GRADIENT(tile, sums, slopes, WANTED, LAUNCH.loss.params, LAUNCH.fast)
+    gradient = FORMULA.gradient(tile, sums, slopes, WANTED, LAUNCH.loss.params, LAUNCH.fast)
     if WANTED[0]:
         _store(grad_ptrs[0], tile, gradient.x, factor, num_rows, LAUNCH)
     if WANTED[1]:
         _store(grad_ptrs[1], tile, gradient.y, factor, num_rows, LAUNCH)
+
+
+@triton.jit
+def _loss_of_rows(
+    operands,
+    denominator,
+    upstream,
+    upstreams_ptr,
+    loss_ptr,
+    grad_ptrs,
+    first,
+    num_rows,
+    FORMULA: tl.constexpr,
+    WANTED: tl.constexpr,
+    LAUNCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The losses of the rows from the first on, and their gradients, which are stored."""
+    DTYPE: tl.constexpr = LAUNCH.dtype
+    PARAMS: tl.constexpr = LAUNCH.loss.params
+    C: tl.constexpr = LAUNCH.num_classes
+    row = first + tl.arange(0, ROWS)
+    labels = _load_labels(operands, row, num_rows, FORMULA.of_first, LAUNCH)
+    tile = _load_tile(operands, labels, 0, LAUNCH, BLOCK)
+    sums = FORMULA.add(tile, None, labels, PARAMS, LAUNCH.fast)
+    if BLOCK < C:
+        for start in range(BLOCK, C, BLOCK):
+            sums = FORMULA.add(_load_tile(operands, labels, start, LAUNCH, BLOCK), sums, labels, PARAMS, LAUNCH.fast)
+    if FORMULA.loss is None:
+        slopes = (tl.zeros([ROWS], DTYPE), tl.zeros([ROWS], DTYPE))
+        if BLOCK < C:
+            for start in range(0, C, BLOCK):
+                slopes = add_mixture(_load_tile(operands, labels, start, LAUNCH, BLOCK), sums, slopes, LAUNCH.fast)
+        else:
+            slopes = add_mixture(tile, sums, slopes, LAUNCH.fast)
+        loss = 0.5 * (slopes[0] + slopes[1])
+    else:
+        outcome = FORMULA.loss(sums, labels, PARAMS)
+        loss, slopes = outcome.loss, outcome.slopes
+
+    factor = tl.where(labels.kept, inverse(denominator, DTYPE), 0.0)
+    for i in tl.static_range(len(operands.factors)):
+        factor *= load_as(operands.factors[i] + row, row < num_rows, 0.0, DTYPE)
+    loss = tl.where(labels.kept, loss * factor, 0.0)
+    if not LAUNCH.reduced and loss_ptr is not None:
+        store_rounded(loss_ptr + row, loss, row < num_rows)
+
+    if WANTED[0] or WANTED[1]:
+        factor *= upstream
+        if upstreams_ptr is not None:
+            factor *= load_as(upstreams_ptr + row, row < num_rows, 0.0, DTYPE)
+        if BLOCK < C:
+            # From the end: what was read last is still in the cache.
+            for back in range(0, C, BLOCK):
+                tile = _load_tile(operands, labels, (C - 1) // BLOCK * BLOCK - back, LAUNCH, BLOCK)
+                _store_both(grad_ptrs, tile, sums, slopes, factor, num_rows, FORMULA, WANTED, LAUNCH)
+        else:
+            _store_both(grad_ptrs, tile, sums, slopes, factor, num_rows, FORMULA, WANTED, LAUNCH)
+    return loss
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -345,75 +418,65 @@ def _pairs_kernel(
     loss_ptr,  # [N]; when reduced [programs]; or None
     grad_ptrs,  # each [N, C], or None
     num_rows,
-    ADD: tl.constexpr,
-    LOSS: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    FORMULA: tl.constexpr,  # Formula
     WANTED: tl.constexpr,  # which gradients
-    FIRST: tl.constexpr,  # the label is the first class
     LAUNCH: tl.constexpr,  # softmax.Launch
+    LOOP: tl.constexpr,  # programs take rows in turn; else each has its own, and more registers
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = LAUNCH.dtype
-    PARAMS: tl.constexpr = LAUNCH.loss.params
-    C: tl.constexpr = LAUNCH.num_classes
     pid = tl.program_id(0)
     if LAUNCH.wide:
         pid = pid.to(tl.int64)
-    value, done = receive(upstream, pid, LAUNCH.written, DTYPE)
+    value, done = receive(upstream, pid, LAUNCH.written, LAUNCH.dtype)
     end = num_rows
     if LAUNCH.written:
         end = tl.where(done, 0, num_rows)
-    losses = tl.zeros([ROWS], DTYPE)
-    for first in range(pid * ROWS, end, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        labels = _load_labels(operands, row, num_rows, FIRST, LAUNCH)
-        tile = _load_tile(operands, labels, 0, LAUNCH, BLOCK)
-        sums = ADD(tile, None, labels, PARAMS, LAUNCH.fast)
-        if BLOCK < C:
-            for start in range(BLOCK, C, BLOCK):
-                sums = ADD(_load_tile(operands, labels, start, LAUNCH, BLOCK), sums, labels, PARAMS, LAUNCH.fast)
-        if LOSS is None:
-            slopes = (tl.zeros([ROWS], DTYPE), tl.zeros([ROWS], DTYPE))
-            if BLOCK < C:
-                for start in range(0, C, BLOCK):
-                    slopes = add_mixture(_load_tile(operands, labels, start, LAUNCH, BLOCK), sums, slopes, LAUNCH.fast)
-            else:
-                slopes = add_mixture(tile, sums, slopes, LAUNCH.fast)
-            loss = 0.5 * (slopes[0] + slopes[1])
-        else:
-            outcome = LOSS(sums, labels, PARAMS)
-            loss, slopes = outcome.loss, outcome.slopes
-
-        factor = tl.where(labels.kept, inverse(denominator, DTYPE), 0.0)
-        for i in tl.static_range(len(operands.factors)):
-            factor *= load_as(operands.factors[i] + row, row < num_rows, 0.0, DTYPE)
-        loss = tl.where(labels.kept, loss * factor, 0.0)
-        if LAUNCH.reduced:
-            losses += loss
-        elif loss_ptr is not None:
-            store_rounded(loss_ptr + row, loss, row < num_rows)
-
-        if WANTED[0] or WANTED[1]:
-            factor *= value
-            if upstreams_ptr is not None:
-                factor *= load_as(upstreams_ptr + row, row < num_rows, 0.0, DTYPE)
-            if BLOCK < C:
-                # From the end: what was read last is still in the cache.
-                for back in range(0, C, BLOCK):
-                    tile = _load_tile(operands, labels, (C - 1) // BLOCK * BLOCK - back, LAUNCH, BLOCK)
-                    _store_both(grad_ptrs, tile, sums, slopes, factor, num_rows, GRADIENT, WANTED, LAUNCH)
-            else:
-                _store_both(grad_ptrs, tile, sums, slopes, factor, num_rows, GRADIENT, WANTED, LAUNCH)
+    losses = tl.zeros([ROWS], LAUNCH.dtype)
+    if LOOP:
+        for first in range(pid * ROWS, end, tl.num_programs(0) * ROWS):
+            losses += _loss_of_rows(
+                operands,
+                denominator,
+                value,
+                upstreams_ptr,
+                loss_ptr,
+                grad_ptrs,
+                first,
+                num_rows,
+                FORMULA,
+                WANTED,
+                LAUNCH,
+                ROWS,
+                BLOCK,
+            )
+    elif pid * ROWS < end:
+        losses = _loss_of_rows(
+            operands,
+            denominator,
+            value,
+            upstreams_ptr,
+            loss_ptr,
+            grad_ptrs,
+            pid * ROWS,
+            num_rows,
+            FORMULA,
+            WANTED,
+            LAUNCH,
+            ROWS,
+            BLOCK,
+        )
     if LAUNCH.reduced and loss_ptr is not None:
         tl.store(loss_ptr + pid, tl.sum(losses))
 
 
 # Two rows in registers, 16 logits of each a thread of four bytes; longer ones in tiles, read once more for the
 # gradient.
-_LONGEST, _BYTES_A_WARP, _TILE_OF_LONG = 8192, 2048, 4096
+_LONGEST, _BYTES_A_THREAD, _TILE_OF_LONG = 8192, 64, 4096
 # Shorter rows share a tile of one warp.
 _TILE, _MOST_ROWS = 512, 8
+# Programs take rows in turn where there may be many.
+_LONG = 4096
 
 
 def pair_config(inputs: Tensor, compute_dtype: torch.dtype) -> Config:
@@ -424,7 +487,7 @@ def pair_config(inputs: Tensor, compute_dtype: torch.dtype) -> Config:
     if block * size > 4 * _LONGEST:
         block = _TILE_OF_LONG * 4 // size
     rows = max(min(_TILE // block, _MOST_ROWS, triton.next_power_of_2(num_rows)), 1)
-    return Config(rows, block, max(rows * block * size // _BYTES_A_WARP, 1))
+    return Config(rows, block, num_warps(rows * block * size // _BYTES_A_THREAD), num_classes <= _LONG)
 
 
 def pairs_launcher(
@@ -444,7 +507,6 @@ def pairs_launcher(
     inputs, targets = tensors.inputs, tensors.targets
     cut = pair_config(inputs, compute_dtype)
     last_offset = max(inputs.numel(), extent(inputs), extent(targets))
-    formula = FORMULAS[loss_of.formula]
     launch = Launch(
         loss=loss_of,
         num_classes=inputs.shape[1],
@@ -463,12 +525,10 @@ def pairs_launcher(
             loss,
             grads,
             inputs.shape[0],
-            ADD=formula.add,
-            LOSS=formula.loss,
-            GRADIENT=formula.gradient,
+            FORMULA=FORMULAS[loss_of.formula],
             WANTED=tuple(grad is not None for grad in grads),
-            FIRST=loss_of.formula == "margin_mse",
             LAUNCH=launch,
+            LOOP=cut.loop,
             ROWS=cut.rows,
             BLOCK=cut.block,
             num_warps=cut.num_warps,

@@ -41,8 +41,11 @@ def _sum_kernel(
     AT_LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    index = tl.arange(0, BLOCK)
-    total = tl.sum(tl.load(partials_ptr + index, index < count, 0))
+    totals = tl.zeros([BLOCK], partials_ptr.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        totals += tl.load(partials_ptr + index, index < count, 0)
+    total = tl.sum(totals)
     if denominator is not None:
         total *= inverse(denominator, total.dtype)
     if AT_LEAST is not None:
@@ -227,5 +230,5 @@ def sum_launcher(
     """Add up partial sums in a fixed order, divide, and round once, to the total's dtype."""
     count = partials.numel()
     with launch_scope(partials):
-        block = triton.next_power_of_2(count)
+        block = min(triton.next_power_of_2(count), _MAX_PARTIALS)
         _sum_kernel[(1,)](partials, denominator, total, count, AT_LEAST=at_least, BLOCK=block, num_warps=8)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
 from .device import exp_difference, load_as, power, sigmoids, store_rounded, tanh, two_sum
 from .elements import triton_dtype
 from .launch import launch_scope
@@ -144,7 +145,7 @@ def cross_entropy(margin, rows, sums, PARAMS: tl.constexpr):
     loss = total * margin.nll
     at = -total * margin.q
     if sums.spread is not None:
-        loss += sums.distance
+        loss += tl.where(margin.nll == float("inf"), 0.0, sums.distance)  # of which both are infinite
         at += sums.others
     return loss, Slopes(total * margin.q * margin.inverse, None, tl.full([], 1.0, loss.dtype), at)
 
@@ -154,7 +155,7 @@ def focal(margin, rows, sums, PARAMS: tl.constexpr):
     GAMMA: tl.constexpr = PARAMS[0]
     nll, of = cross_entropy(margin, rows, sums, PARAMS)
     factor = power(margin.q, margin.neg_log_q, GAMMA, False)
-    slope = factor * GAMMA * margin.p * nll
+    slope = tl.where(margin.p == 0, 0.0, factor * GAMMA * margin.p * nll)  # of an infinite loss, too
     return factor * nll, Slopes(factor * of.of_e + slope * margin.inverse, None, factor, factor * of.at - slope)
 
 
@@ -268,7 +269,8 @@ def _greatest(tile, before, LAUNCH: tl.constexpr):
     if before is None:
         return x, label
     else:
-        return tl.maximum(x, before[0]), tl.where(x > before[0], label, before[1])
+        greater = x > before[0]
+        return tl.where(greater, x, before[0]), tl.where(greater, label, before[1])
 
 
 @triton.jit
@@ -359,6 +361,96 @@ def _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH: tl.constexpr, R
     store_rounded(grad_ptr + place.offs, gradient, valid)
 
 
+@triton.jit
+def _loss_of_rows(
+    operands,
+    denominator,
+    z_denominator,
+    upstream,
+    upstreams_ptr,
+    loss_ptr,
+    grad_ptr,
+    first,
+    num_rows,
+    FORMULA: tl.constexpr,
+    LAUNCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The losses of the rows from the first on, and their gradient, which is stored."""
+    DTYPE: tl.constexpr = LAUNCH.dtype
+    C: tl.constexpr = LAUNCH.num_classes
+    row = first + tl.arange(0, ROWS)
+    rows = load_rows(operands, row, num_rows, LAUNCH)
+    # A row that does not count is not gone through; a tile of several is, without being loaded.
+    cols = tl.where(tl.max(rows.kept.to(tl.int32)) == 0, 0, C)
+    if BLOCK >= C:
+        tile = _load_tile(operands, rows, 0, LAUNCH, ROWS, BLOCK)
+        if rows.label is None:
+            x, label = _greatest(tile, None, LAUNCH)
+            rows = _with_label(rows, x, label)
+            tile = _mark(tile, label)
+        sums, e = _add(tile, rows, None, LAUNCH)
+    else:
+        if rows.label is None:
+            x = tl.full([ROWS], -float("inf"), DTYPE)
+            label = tl.zeros_like(row)
+            for start in range(0, cols, BLOCK):
+                x, label = _greatest(_load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK), (x, label), LAUNCH)
+            rows = _with_label(rows, x, label)
+        zeros = tl.zeros([ROWS], DTYPE)
+        sums = Sums(tl.full([ROWS], -float("inf"), DTYPE), zeros, None, None, None, None)
+        if LAUNCH.loss.smoothing != 0 or operands.targets is not None:
+            sums = Sums(sums.top, zeros, zeros, zeros, zeros, zeros)
+        for start in range(0, cols, BLOCK):
+            sums, _ = _add(_load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK), rows, sums, LAUNCH)
+        if sums.spread is not None:  # Triton's pass over loops that add up demands that their results are used once
+            sums = Sums(sums.top, sums.total, sums.spread + 0.0, sums.others + 0.0, sums.distance + 0.0, sums.mixed)
+
+    margin = margin_of(sums, rows.x)
+    loss, slopes = FORMULA(margin, rows, sums, LAUNCH.loss.params)
+    factor = tl.where(rows.kept, inverse(denominator, DTYPE), 0.0)
+    if rows.weight is not None:
+        factor *= rows.weight
+    for i in tl.static_range(len(operands.factors)):
+        factor *= load_as(operands.factors[i] + row, row < num_rows, 0.0, DTYPE)
+    loss = tl.where(rows.kept, loss * factor, 0.0)
+    z_slope = None
+    if LAUNCH.loss.z_loss != 0:
+        lse = _log_sum(sums, rows.x, margin)
+        z_factor = tl.where(rows.kept, LAUNCH.loss.z_loss * inverse(z_denominator, DTYPE), 0.0)
+        loss += tl.where(rows.kept, z_factor * lse * lse, 0.0)
+        z_slope = 2.0 * z_factor * lse
+    if not LAUNCH.reduced and loss_ptr is not None:
+        store_rounded(loss_ptr + row, loss, row < num_rows)
+
+    if grad_ptr is not None:
+        of_all = upstream * LAUNCH.loss.scale
+        if upstreams_ptr is not None:
+            of_all *= load_as(upstreams_ptr + row, row < num_rows, 0.0, DTYPE)
+        factor *= of_all
+        of_e, at = slopes.of_e * factor, slopes.at * factor
+        if z_slope is not None:
+            of_e += z_slope * of_all * margin.q * margin.inverse
+            at += z_slope * of_all * margin.p
+        of_mixed = None
+        if slopes.of_mixed is not None:
+            of_mixed = slopes.of_mixed * factor
+        slopes = Slopes(
+            tl.where(rows.kept, of_e, 0.0), of_mixed, slopes.of_spread * factor, tl.where(rows.kept, at, 0.0)
+        )
+        if BLOCK >= C:
+            _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH, ROWS, BLOCK)
+        else:
+            # From the end: what was read last is still in the cache.
+            for back in range(0, C, BLOCK):
+                start = (C - 1) // BLOCK * BLOCK - back
+                tile = _load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK)
+                e = _exponentials(tile, sums.top, LAUNCH)
+                _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH, ROWS, BLOCK)
+    return loss
+
+
 @triton.jit(do_not_specialize=["denominator", "z_denominator"])
 def _softmax_kernel(
     operands,  # Operands
@@ -371,107 +463,76 @@ def _softmax_kernel(
     num_rows,
     FORMULA: tl.constexpr,
     LAUNCH: tl.constexpr,  # Launch
+    LOOP: tl.constexpr,  # programs take rows in turn; else each has its own, and more registers
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = LAUNCH.dtype
-    C: tl.constexpr = LAUNCH.num_classes
     pid = tl.program_id(0)
     if LAUNCH.wide:
         pid = pid.to(tl.int64)
-    value, done = receive(upstream, pid, LAUNCH.written, DTYPE)
+    value, done = receive(upstream, pid, LAUNCH.written, LAUNCH.dtype)
     end = num_rows
     if LAUNCH.written:
         end = tl.where(done, 0, num_rows)
-    losses = tl.zeros([ROWS], DTYPE)
-    for first in range(pid * ROWS, end, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        rows = load_rows(operands, row, num_rows, LAUNCH)
-        # A row that does not count is not gone through; a tile of several is, without being loaded.
-        cols = tl.where(tl.max(rows.kept.to(tl.int32)) == 0, 0, C)
-        if BLOCK >= C:
-            tile = _load_tile(operands, rows, 0, LAUNCH, ROWS, BLOCK)
-            if rows.label is None:
-                x, label = _greatest(tile, None, LAUNCH)
-                rows = _with_label(rows, x, label)
-                tile = _mark(tile, label)
-            sums, e = _add(tile, rows, None, LAUNCH)
-        else:
-            if rows.label is None:
-                x = tl.full([ROWS], -float("inf"), DTYPE)
-                label = tl.zeros_like(row)
-                for start in range(0, cols, BLOCK):
-                    x, label = _greatest(_load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK), (x, label), LAUNCH)
-                rows = _with_label(rows, x, label)
-            zeros = tl.zeros([ROWS], DTYPE)
-            sums = Sums(tl.full([ROWS], -float("inf"), DTYPE), zeros, None, None, None, None)
-            if LAUNCH.loss.smoothing != 0 or operands.targets is not None:
-                sums = Sums(sums.top, zeros, zeros, zeros, zeros, zeros)
-            for start in range(0, cols, BLOCK):
-                sums, _ = _add(_load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK), rows, sums, LAUNCH)
-
-        margin = margin_of(sums, rows.x)
-        loss, slopes = FORMULA(margin, rows, sums, LAUNCH.loss.params)
-        factor = tl.where(rows.kept, inverse(denominator, DTYPE), 0.0)
-        if rows.weight is not None:
-            factor *= rows.weight
-        for i in tl.static_range(len(operands.factors)):
-            factor *= load_as(operands.factors[i] + row, row < num_rows, 0.0, DTYPE)
-        loss = tl.where(rows.kept, loss * factor, 0.0)
-        z_slope = None
-        if LAUNCH.loss.z_loss != 0:
-            lse = _log_sum(sums, rows.x, margin)
-            z_factor = tl.where(rows.kept, LAUNCH.loss.z_loss * inverse(z_denominator, DTYPE), 0.0)
-            loss += tl.where(rows.kept, z_factor * lse * lse, 0.0)
-            z_slope = 2.0 * z_factor * lse
-        if LAUNCH.reduced:
-            losses += loss
-        elif loss_ptr is not None:
-            store_rounded(loss_ptr + row, loss, row < num_rows)
-
-        if grad_ptr is not None:
-            of_all = value * LAUNCH.loss.scale
-            if upstreams_ptr is not None:
-                of_all *= load_as(upstreams_ptr + row, row < num_rows, 0.0, DTYPE)
-            factor *= of_all
-            of_e, at = slopes.of_e * factor, slopes.at * factor
-            if z_slope is not None:
-                of_e += z_slope * of_all * margin.q * margin.inverse
-                at += z_slope * of_all * margin.p
-            of_mixed = None
-            if slopes.of_mixed is not None:
-                of_mixed = slopes.of_mixed * factor
-            slopes = Slopes(
-                tl.where(rows.kept, of_e, 0.0), of_mixed, slopes.of_spread * factor, tl.where(rows.kept, at, 0.0)
+    losses = tl.zeros([ROWS], LAUNCH.dtype)
+    if LOOP:
+        for first in range(pid * ROWS, end, tl.num_programs(0) * ROWS):
+            losses += _loss_of_rows(
+                operands,
+                denominator,
+                z_denominator,
+                value,
+                upstreams_ptr,
+                loss_ptr,
+                grad_ptr,
+                first,
+                num_rows,
+                FORMULA,
+                LAUNCH,
+                ROWS,
+                BLOCK,
             )
-            if BLOCK >= C:
-                _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH, ROWS, BLOCK)
-            else:
-                # From the end: what was read last is still in the cache.
-                for back in range(0, C, BLOCK):
-                    start = (C - 1) // BLOCK * BLOCK - back
-                    tile = _load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK)
-                    e = _exponentials(tile, sums.top, LAUNCH)
-                    _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH, ROWS, BLOCK)
+    elif pid * ROWS < end:
+        losses = _loss_of_rows(
+            operands,
+            denominator,
+            z_denominator,
+            value,
+            upstreams_ptr,
+            loss_ptr,
+            grad_ptr,
+            pid * ROWS,
+            num_rows,
+            FORMULA,
+            LAUNCH,
+            ROWS,
+            BLOCK,
+        )
     if LAUNCH.reduced and loss_ptr is not None:
         tl.store(loss_ptr + pid, tl.sum(losses))
 
 
 # A row in registers, 32 logits a thread of four bytes: the longest one where nothing else has to be there, half of it
 # where there is more to compute, a quarter of it beside class probabilities.
-_LONGEST, _BYTES_A_WARP = 32768, 4096
+_LONGEST, _BYTES_A_THREAD = 32768, 128
 # Longer rows in tiles, read twice; the second time from the end, which the L2 cache of a GPU still holds.
-_TILE_OF_LONG, _WARPS_OF_LONG = 8192, 8
+_TILE_OF_LONG, _THREADS_OF_LONG = 8192, 256
 # Shorter rows share a tile of one warp, which needs no barrier to add up a row.
 _TILE, _MOST_ROWS = 1024, 8
-# Enough programs to fill the largest GPU several times over, and few enough for one program to add up their sums.
-_MAX_PROGRAMS = 8192
+# Enough programs to fill the largest GPU several times over, and few enough for one program to add up their sums; of
+# long rows there are never so many.
+_MAX_PROGRAMS, _LONG = 8192, 4096
 
 
 class Config(NamedTuple):
     rows: int
     block: int
     num_warps: int
+    loop: bool  # programs take rows in turn
+
+
+def num_warps(threads: int) -> int:
+    return max(threads // device.LANES, 1)
 
 
 def row_config(inputs: Tensor, loss_of: Loss, targets: Tensor | None, compute_dtype: torch.dtype) -> Config:
@@ -485,14 +546,15 @@ def row_config(inputs: Tensor, loss_of: Loss, targets: Tensor | None, compute_dt
         longest //= 2
     block = triton.next_power_of_2(num_classes)
     if block * size > 4 * longest:
-        return Config(1, _TILE_OF_LONG * 4 // size, _WARPS_OF_LONG)
+        return Config(1, _TILE_OF_LONG * 16 // size**2, _THREADS_OF_LONG // device.LANES, False)
     rows = max(min(_TILE // block, _MOST_ROWS, triton.next_power_of_2(num_rows)), 1)
-    return Config(rows, block, max(rows * block * size // _BYTES_A_WARP, 1))
+    return Config(rows, block, num_warps(rows * block * size // _BYTES_A_THREAD), block <= _LONG)
 
 
 def num_programs(num_rows: int, cut: Config) -> int:
     """How many partial sums a reduced loss has."""
-    return min(triton.cdiv(num_rows, cut.rows), _MAX_PROGRAMS)
+    programs = triton.cdiv(num_rows, cut.rows)
+    return min(programs, _MAX_PROGRAMS) if cut.loop else programs
 
 
 def softmax_launcher(
@@ -535,6 +597,7 @@ def softmax_launcher(
             inputs.shape[0],
             FORMULA=FORMULAS[loss_of.formula],
             LAUNCH=launch,
+            LOOP=cut.loop,
             ROWS=cut.rows,
             BLOCK=cut.block,
             num_warps=cut.num_warps,
