@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import bench_sigmoid
+from . import families
 from .cases import SUITES
 from .report import RESULTS, case_table, claims_table, write_docs
 from .results import Results, environment
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.out or (RESULTS if args.suite == "all" and not args.quick else None)
     measure_all(run, device, args.suite, folder)
 
-    verdicts = (claim.verdict(run.rows) for claim in bench_sigmoid.claims(device))
+    verdicts = (claim.verdict(run.rows) for claim in families.claims(device))
     run.claims = [verdict for verdict in verdicts if verdict is not None]
     if run.claims:
         print(f"claims\n{claims_table(run.claims)}\n")
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_all(run: Results, device: torch.device, suite: str, folder: Path | None) -> None:
     """Fill a run case by case, and keep each at once: what is measured survives what comes after it."""
     quick = run.environment["quick"]
-    chosen = [case for case in bench_sigmoid.cases(device) if suite in ("all", case.suite)]
-    claimed = {claim.case for claim in bench_sigmoid.claims(device)}
+    chosen = [case for case in families.cases(device) if suite in ("all", case.suite)]
+    claimed = {claim.case for claim in families.claims(device)}
     if quick and claimed:
         chosen = [case for case in chosen if case in claimed]
     for case in (progress := tqdm(chosen, unit="case", dynamic_ncols=True, disable=None)):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import bertloss_fast
-from bertloss_fast.ops import dispatch
 
 from .cases import Case, MeanLoss, Provider, Targets
 from .claims import Claim
 from .measure import COPY
+from .providers import compiled, why_not_compile, why_not_triton
 
+LOSSES = ("focal", "bce")
 ALPHA, GAMMA = 0.25, 2.0
 # Neither a power of two nor small: what gradient accumulation over three batches passes back.
 UPSTREAM = 1 / 3
@@ -56,29 +54,8 @@ def torch_bce(x: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(x, y.to(x.dtype))
 
 
-def _compiled(loss: MeanLoss) -> MeanLoss:
-    """torch.compile of a loss, at its first call: the import alone takes seconds."""
-
-    @cache
-    def compiled() -> MeanLoss:
-        return torch.compile(loss, dynamic=False, fullgraph=True)  # fullgraph: fail rather than run eagerly
-
-    return lambda x, y: compiled()(x, y)
-
-
-def _why_not_triton(device: torch.device) -> str | None:
-    if device.type == "cpu":
-        return "interpreter only: not timed"
-    return dispatch.why_not("triton", device)
-
-
-def _why_not_compile(device: torch.device) -> str | None:
-    compilers = (os.environ.get("CXX", "g++"), "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
-    return None if any(map(shutil.which, compilers)) else "missing: torch.compile finds no C++ compiler"
-
-
 PROVIDERS = (
-    Provider("triton", _ours("triton"), _why_not_triton, ours=True),
+    Provider("triton", _ours("triton"), why_not_triton, ours=True),
     Provider("eager", _ours("eager"), ours=True),
     Provider(
         "pytorch",
@@ -90,10 +67,10 @@ PROVIDERS = (
     Provider(
         "compile",
         {
-            "focal": ("torch.compile of torchvision's formula", _compiled(torchvision_focal)),
-            "bce": ("torch.compile of F.binary_cross_entropy_with_logits", _compiled(torch_bce)),
+            "focal": ("torch.compile of torchvision's formula", compiled(torchvision_focal)),
+            "bce": ("torch.compile of F.binary_cross_entropy_with_logits", compiled(torch_bce)),
         },
-        _why_not_compile,
+        why_not_compile,
     ),
 )
 

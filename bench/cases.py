@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertloss_fast.targets import SparseLabels
 
-SUITES = ("sigmoid", "small", "memory")
+SUITES = ("sigmoid", "softmax", "small", "memory")
 Targets = Tensor | SparseLabels
 TWIN = torch.uint8  # of SparseLabels, for peers
 MeanLoss = Callable[[Tensor, Any], Tensor]  # of logits and Targets; a peer's takes tensors only
@@ -26,8 +26,8 @@ class Case:
     fresh pages for every large tensor. Left alone, glibc does either at this size, by luck, and PyTorch's dozen
     temporaries take four times as long with the one as with the other.
 
-    Without a ``target_dtype`` the targets are SparseLabels, which a peer gets as a dense tensor of bytes. Every tenth
-    label is positive, or ``labels_per_row`` of them.
+    Targets are labels, a class a row, or the logits of a teacher. Without a ``target_dtype`` labels are SparseLabels,
+    which a peer gets as a dense tensor of bytes. Every tenth label is positive, or ``labels_per_row`` of them.
     """
 
     suite: str
@@ -38,6 +38,11 @@ class Case:
     upstream: float = 1.0
     pages: str = "kept"
     labels_per_row: int | None = None
+    targets: str = "labels"  # or "classes", "teacher"
+
+    @property
+    def mean_over(self) -> int:
+        return self.numel if self.targets == "labels" else self.shape[0]
 
     @property
     def numel(self) -> int:
@@ -45,8 +50,9 @@ class Case:
 
     @property
     def floor_bytes(self) -> int:
-        """Logits and dense targets read once, the gradient written once; the few bytes of SparseLabels are left out."""
-        return self.numel * (2 * self.dtype.itemsize + (self.target_dtype.itemsize if self.target_dtype else 0))
+        """Logits and targets read once, the gradient written once; the few bytes of SparseLabels and classes left out."""
+        of_targets = self.target_dtype.itemsize if self.target_dtype and self.targets != "classes" else 0
+        return self.numel * (2 * self.dtype.itemsize + of_targets)
 
     @property
     def logits_bytes(self) -> int:
@@ -56,6 +62,8 @@ class Case:
     def title(self) -> str:
         rows, labels = self.shape
         targets = f"{name(self.target_dtype)} targets" if self.target_dtype else "SparseLabels"
+        if self.targets != "labels":
+            targets = "classes" if self.targets == "classes" else "a teacher's logits"
         per_row = "" if self.labels_per_row is None else f", {self.labels_per_row} labels a row"
         scaled = "" if self.upstream == 1 else f", upstream {self.upstream:.2g}"
         pages = "" if self.pages == "kept" else f", {self.pages} pages"
@@ -145,6 +153,10 @@ def make_data(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor, 
     generator = torch.Generator(device).manual_seed(seed)
     inputs = torch.empty(case.shape, dtype=case.dtype, device=device).normal_(0, 4, generator=generator)
     inputs.requires_grad_()
+    if case.targets == "classes":
+        return inputs, torch.randint(case.shape[1], case.shape[:1], device=device, generator=generator)
+    if case.targets == "teacher":
+        return inputs, torch.empty_like(inputs, requires_grad=False).normal_(0, 4, generator=generator)
     if case.labels_per_row is None:
         dense = torch.empty(case.shape, dtype=case.target_dtype or TWIN, device=device)
         dense.bernoulli_(0.1, generator=generator)

@@ -186,17 +186,19 @@ def errors(
     case: Case, oracle: Oracle, inputs: Tensor, targets: Targets, value: Tensor, grad: Tensor
 ) -> tuple[float, float]:
     """Relative error of the loss, and of the gradient in units of its largest element, against float64 autograd."""
-    scale = case.upstream / case.numel
+    scale = case.upstream / case.mean_over
     total, worst, largest = (torch.zeros((), dtype=torch.float64, device=inputs.device) for _ in range(3))
     num_rows = max(1, _ORACLE_ELEMENTS // case.shape[1])
     for start in range(0, case.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         x64, y = inputs[rows].double().requires_grad_(), targets[rows]
-        y64 = y.to_dense(torch.float64) if isinstance(y, SparseLabels) else y.double()
+        y64 = (
+            y.to_dense(torch.float64) if isinstance(y, SparseLabels) else y if case.targets == "classes" else y.double()
+        )
         part = oracle(case.loss, x64, y64).sum()
         (expected,) = torch.autograd.grad(part, x64)
         total += part.detach()
         worst = torch.maximum(worst, (grad[rows].double() - expected * scale).abs().max())
         largest = torch.maximum(largest, (expected * scale).abs().max())
-    expected_loss = total / case.numel
+    expected_loss = total / case.mean_over
     return ((value - expected_loss) / expected_loss).abs().item(), (worst / largest).item()

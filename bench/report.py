@@ -24,6 +24,7 @@ _MEMORY_HEADER = ("", "MiB", "in logits tensors")
 
 _HEADINGS = {
     "sigmoid": "Multi-label losses, forward and backward",
+    "softmax": "Single-label losses, forward and backward",
     "small": "A small batch: the host's part counts",
     "memory": "Peak memory beyond the inputs, forward and backward",
 }

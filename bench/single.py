@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .bench_sigmoid import PROVIDERS, oracle
 from .cases import Case, Provider, Row, start_rows
+from .families import family_of
 from .measure import measure_time
 from .memory import measure_memory
 
@@ -43,17 +43,18 @@ def run_case(case: Case, device: torch.device, budget: float, compiler: bool) ->
     )
     if child.returncode == 0:
         return [Row.from_json(fields) for fields in json.loads(child.stdout)]
-    rows = start_rows(case, PROVIDERS, device)
+    rows = start_rows(case, family_of(case).PROVIDERS, device)
     for row in rows:
         row.status, row.note = "failed", f"its process ended with status {child.returncode}"
     return rows
 
 
 def _run_here(case: Case, device: torch.device, budget: float, compiler: bool) -> list[Row]:
-    providers = PROVIDERS if compiler else [_left_out(p) if p.name == "compile" else p for p in PROVIDERS]
+    family = family_of(case)
+    providers = [p if compiler or p.name != "compile" else _left_out(p) for p in family.PROVIDERS]
     if case.suite == "memory":
         return measure_memory(case, providers, device)
-    return measure_time(case, providers, oracle, device, budget)
+    return measure_time(case, providers, family.oracle, device, budget)
 
 
 def _left_out(provider: Provider) -> Provider:

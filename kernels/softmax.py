@@ -99,12 +99,12 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over the classes of each row, all but ``spread`` without the label's."""
+    """Over the classes of each row, all but ``at`` without the label's."""
 
     top: Any  # the greatest logit
     total: Any  # of e^(x - top)
-    spread: Any  # of the target, beside ``hard``; None for 0, as the others
-    others: Any  # the same without the label
+    at: Any  # of the target, the label's beside ``hard``; None for 0, as the rest
+    others: Any  # of the target
     distance: Any  # spread (x_t - x)
     mixed: Any  # spread e^(x - top)
 
@@ -129,24 +129,26 @@ class Slopes(NamedTuple):
 
 
 @triton.jit
-def _all_of(hard, sums):
-    """The sum of the target over classes."""
+def _at_label(hard, sums):
+    """What the target has on the label."""
     if hard is None:
-        return sums.spread
-    elif sums.spread is None:
+        return sums.at
+    elif sums.at is None:
         return hard
     else:
-        return hard + sums.spread
+        return hard + sums.at
 
 
 @triton.jit
 def cross_entropy(margin, rows, sums, PARAMS: tl.constexpr):
-    total = _all_of(rows.hard, sums)
-    loss = total * margin.nll
+    total = _at_label(rows.hard, sums)
     at = -total * margin.q
-    if sums.spread is not None:
+    loss = total * margin.nll
+    if sums.others is not None:
+        total += sums.others
+        at += sums.others * margin.p  # of all that is not the label's, no difference
+        loss = total * margin.nll
         loss += tl.where(margin.nll == float("inf"), 0.0, sums.distance)  # of which both are infinite
-        at += sums.others
     return loss, Slopes(total * margin.q * margin.inverse, None, tl.full([], 1.0, loss.dtype), at)
 
 
@@ -165,12 +167,12 @@ def poly(margin, rows, sums, PARAMS: tl.constexpr):
     EPSILON: tl.constexpr = PARAMS[0]
     loss, of = cross_entropy(margin, rows, sums, PARAMS)
     p, q = margin.p, margin.q
-    if sums.spread is None:
+    if sums.others is None:
         loss += EPSILON * rows.hard * q
         slope = EPSILON * rows.hard * p * q
         return loss, Slopes(of.of_e + slope * margin.inverse, None, of.of_spread, of.at - slope)
     else:
-        at_label = _all_of(rows.hard, sums) - sums.others
+        at_label = _at_label(rows.hard, sums)
         mixed = sums.mixed * margin.inverse
         loss += EPSILON * (at_label * q + sums.others - mixed * q)
         of_e = of.of_e + EPSILON * q * (at_label * p + mixed * q) * margin.inverse
@@ -303,10 +305,10 @@ def _add(tile, rows, before, LAUNCH: tl.constexpr):
         top = tl.maximum(top, before.top)
     e = _exponentials(tile, top, LAUNCH)
     total = tl.sum(e, 1)
-    spread, others, distance, mixed = None, None, None, None
+    at, others, distance, mixed = None, None, None, None
     if tile.spread is not None:
         elsewhere = tl.where(tile.at, 0.0, tile.spread)
-        spread = tl.sum(tile.spread, 1)
+        at = tl.sum(tile.spread - elsewhere, 1)
         others = tl.sum(elsewhere, 1)
         distance = tl.sum(tl.where(elsewhere == 0, 0.0, elsewhere * (rows.x[:, None] - tile.x)), 1)
         mixed = tl.sum(elsewhere * e, 1)
@@ -314,11 +316,11 @@ def _add(tile, rows, before, LAUNCH: tl.constexpr):
         old = exp_difference(before.top, finite(top), 1.0, LAUNCH.fast)
         total += before.total * old
         if tile.spread is not None:
-            spread += before.spread
+            at += before.at
             others += before.others
             distance += before.distance
             mixed += before.mixed * old
-    return Sums(top, total, spread, others, distance, mixed), e
+    return Sums(top, total, at, others, distance, mixed), e
 
 
 @triton.jit
@@ -404,8 +406,8 @@ def _loss_of_rows(
             sums = Sums(sums.top, zeros, zeros, zeros, zeros, zeros)
         for start in range(0, cols, BLOCK):
             sums, _ = _add(_load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK), rows, sums, LAUNCH)
-        if sums.spread is not None:  # Triton's pass over loops that add up demands that their results are used once
-            sums = Sums(sums.top, sums.total, sums.spread + 0.0, sums.others + 0.0, sums.distance + 0.0, sums.mixed)
+        if sums.others is not None:  # Triton's pass over loops that add up demands that their results are used once
+            sums = Sums(sums.top, sums.total, sums.at + 0.0, sums.others + 0.0, sums.distance + 0.0, sums.mixed)
 
     margin = margin_of(sums, rows.x)
     loss, slopes = FORMULA(margin, rows, sums, LAUNCH.loss.params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import cast
 
@@ -34,7 +34,10 @@ _SYMMETRIC = ("r_drop", "js", "margin_mse")
 def softmax_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None) -> Tensor:
     """A loss of the family, on valid arguments."""
     if backend == "eager" and _is_torch_s(spec, operands):
-        return _torch_cross_entropy(spec, operands)
+        loss = _torch_cross_entropy(spec, operands)
+        # The probability 0 of a logit of -inf makes it NaN in torch.
+        if operands.targets is None or not loss.isnan().any():
+            return loss
     return compute_loss(_SYMMETRIC_PAIRS if spec.formula in _SYMMETRIC else _SOFTMAX, spec, operands, backend, memory)
 
 
@@ -191,18 +194,11 @@ def _eager(spec: Spec, operands: Operands, divided: Denominators, upstream: Tens
     An upstream is a scalar, or [N].
     """
     losses = operands.inputs.new_empty(len(operands.inputs), dtype=spec.compute_dtype)
-    wanted = [grad is not None for grad in grads]
-    for rows, part in _parts(operands):
+    of_labels = _is_of_labels(spec, operands)
+    block = _label_block if of_labels else _block
+    for rows, part in _parts(operands, _ROUNDS if of_labels else 1):
         each = None if upstream is None else upstream.expand(len(losses))[rows].contiguous()
-        with inner_autograd() if any(wanted) else nullcontext():
-            leaves = [part.inputs.detach(), None if part.targets is None else part.targets.detach()]
-            sources = [cast(Tensor, leaf).requires_grad_() for leaf, asked in zip(leaves, wanted, strict=True) if asked]
-            of_rows, z = reference.rows(spec, part._replace(inputs=cast(Tensor, leaves[0]), targets=leaves[1]))
-            of_rows = of_rows / divided.of_losses
-            of_rows = of_rows if z is None else of_rows + z / divided.of_z
-            each = torch.ones_like(of_rows) if each is None else each
-            found = torch.autograd.grad(of_rows, sources, each) if sources else ()
-        losses[rows] = of_rows.detach()
+        losses[rows], found = block(spec, part, divided, each, [grad is not None for grad in grads])
         for grad, values in zip((grad for grad in grads if grad is not None), found, strict=True):
             # What is written is not what autograd saved for a second use: its version stays.
             with _unsafe_preserve_version_counter(grad):
@@ -210,7 +206,81 @@ def _eager(spec: Spec, operands: Operands, divided: Denominators, upstream: Tens
     return losses
 
 
-def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
+def _block(
+    spec: Spec, part: Operands, divided: Denominators, upstream: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The losses of some rows, and the gradients that are wanted, by plain operations."""
+    with inner_autograd() if any(wanted) else nullcontext():
+        leaves = [part.inputs.detach(), None if part.targets is None else part.targets.detach()]
+        sources = [cast(Tensor, leaf).requires_grad_() for leaf, asked in zip(leaves, wanted, strict=True) if asked]
+        part = part._replace(inputs=cast(Tensor, leaves[0]), targets=leaves[1])
+        of_rows = _divided(*reference.rows(spec, part), divided)
+        found = torch.autograd.grad(of_rows, sources, _upstream_of_rows(of_rows, upstream)) if sources else ()
+    return of_rows.detach(), found
+
+
+def _is_of_labels(spec: Spec, operands: Operands) -> bool:
+    """Whether the target is on the label alone, so that what autograd needs is a number or two a row."""
+    return operands.targets is None and spec.smoothing == 0 and spec.formula != "z_loss"
+
+
+def _label_block(
+    spec: Spec, part: Operands, divided: Denominators, upstream: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The same where u tells all: its derivative in the other logits is their share of the probability.
+
+    That is summed up without the label's, so that it keeps its digits where it is small.
+    """
+    labels = cast(Tensor, part.labels)
+    kept = labels != spec.ignored
+    x = reference.logits(spec, part.inputs.detach())
+    if not kept.all():  # what does not count is no source of NaN
+        x = x.masked_fill(~kept.unsqueeze(-1), 0)
+    at = torch.where(kept, labels, 0).long().unsqueeze(-1)
+    x_at = x.gather(-1, at)
+    if part.margins is not None:
+        x_at -= spec.params[0] * part.margins.to(x.dtype)[at]
+        x = x.scatter(-1, at, x_at)
+    probabilities = x.softmax(-1)
+    p = probabilities.gather(-1, at).double()
+    of_others = probabilities.scatter_(-1, at, 0).sum(-1, keepdim=True).double()
+    p, q = p / (p + of_others), of_others / (p + of_others)  # softmax adds up less carefully than sum
+    log_sum = x_at - torch.where(q < 0.5, torch.log1p(-q), p.log())
+    unlikely = (p < 1e-30).squeeze(-1)
+    if unlikely.any():  # where the logarithm of p would be wrong
+        log_sum[unlikely] = x[unlikely].double().logsumexp(-1, keepdim=True)
+    log_others = log_sum + q.log()
+    with inner_autograd() if any(wanted) else nullcontext():
+        log_others, x_at = log_others.requires_grad_(any(wanted)), x_at.requires_grad_(any(wanted))
+        row = reference.Row(None, x_at, log_others, log_others - x_at)
+        of_rows = _divided(*reference.weigh(spec, part, *reference.of_row(spec, part, row)), divided)
+        if not any(wanted):
+            return of_rows, ()
+        each = _upstream_of_rows(of_rows, upstream)
+        slope, slope_at = torch.autograd.grad(of_rows, [log_others, x_at], each)
+    share = torch.where(of_others == 0, 0, slope / of_others).to(x.dtype)
+    gradient = probabilities.mul_(share).scatter_(-1, at, slope_at)
+    if spec.softcap:
+        gradient *= 1 - (x.masked_fill(x == -torch.inf, spec.softcap) / spec.softcap).square()
+    elif spec.formula == "ldam":
+        gradient *= spec.params[0]
+    return of_rows.detach(), (gradient,)
+
+
+def _divided(losses: Tensor, z: Tensor | None, divided: Denominators) -> Tensor:
+    losses = losses / divided.of_losses
+    return losses if z is None else losses + z / divided.of_z
+
+
+def _upstream_of_rows(losses: Tensor, upstream: Tensor | None) -> Tensor:
+    return torch.ones_like(losses) if upstream is None else upstream
+
+
+# What is done once a block costs as much as a few hundred thousand elements.
+_ROUNDS = 8
+
+
+def _parts(operands: Operands, rounds: int) -> Iterator[tuple[slice, Operands]]:
     """Rows in groups that stay in the cache."""
     inputs, targets, labels, sample_weight = (
         operands.inputs,
@@ -218,7 +288,7 @@ def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
         operands.labels,
         operands.sample_weight,
     )
-    step = max(block_size(inputs) // inputs.shape[1], 1)
+    step = max(rounds * block_size(inputs) // inputs.shape[1], 1)
     for start in range(0, len(inputs), step):
         rows = slice(start, min(start + step, len(inputs)))
         yield (

@@ -64,7 +64,12 @@ def rows(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None]:
         inputs = torch.where(kept.unsqueeze(-1), operands.inputs, 0)
         targets = None if operands.targets is None else torch.where(kept.unsqueeze(-1), operands.targets, 0)
         operands = operands._replace(inputs=inputs, targets=targets)
-    losses, z = _FORMULAS[spec.formula](spec, operands)
+    return weigh(spec, operands, *_FORMULAS[spec.formula](spec, operands))
+
+
+def weigh(spec: Spec, operands: Operands, losses: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """With the samples' weights, and nothing where no row counts."""
+    kept = keep(spec, operands)
     if operands.sample_weight is not None:
         losses = losses * operands.sample_weight.to(losses.dtype)
     if kept is not None:
@@ -108,21 +113,22 @@ def denominators(spec: Spec, operands: Operands) -> Denominators:
     return Denominators(torch.where(total == 0, 1, total), num_rows)
 
 
-def _logits(spec: Spec, x: Tensor) -> Tensor:
+def logits(spec: Spec, x: Tensor) -> Tensor:
+    """As the loss is of them."""
     x = x.to(spec.compute_dtype)
     if spec.softcap:
         capped = spec.softcap * torch.tanh(x / spec.softcap)
-        x = torch.where(x == -torch.inf, x, capped)
-    return x
+        x = torch.where(x == -torch.inf, -torch.inf, capped)
+    return x * spec.params[0] if spec.formula == "ldam" else x
 
 
 class Row(NamedTuple):
-    """Of each row."""
+    """Of each row, what a loss of the label alone is made of."""
 
-    x: Tensor  # [..., C]
-    at: Tensor  # [..., C], true at the label, or at the greatest logit where there is none
+    at: Tensor | None  # [..., C], true at the label, or at the greatest logit where there is none
     x_at: Tensor  # [..., 1]
-    u: Tensor  # [..., 1]
+    others: Tensor  # [..., 1], the logarithm of their sum, in float64
+    u: Tensor  # [..., 1], others - x_at
 
 
 def _row(spec: Spec, x: Tensor, labels: Tensor | None, margins: Tensor | None = None) -> Row:
@@ -134,10 +140,14 @@ def _row(spec: Spec, x: Tensor, labels: Tensor | None, margins: Tensor | None = 
     x_at = x.gather(-1, at)
     if margins is not None:
         x_at = x_at - spec.params[0] * margins.to(x.dtype)[at]
-    others = x.masked_fill(marked, torch.finfo(x.dtype).min).logsumexp(
-        -1, keepdim=True
-    )  # finite, for second derivatives
-    return Row(x, marked, x_at, others - x_at)
+    lowest = torch.finfo(x.dtype).min
+    others = x.masked_fill(marked, lowest)  # finite, for second derivatives
+    top = others.detach().amax(-1, keepdim=True)
+    log_sum = (others - top).exp().sum(-1, keepdim=True).log()
+    # In float32 the rounding of u alone is a relative error of 4e-6 where it is 80.
+    log_others = log_sum + top.to(x.dtype if x.device.type == "mps" else torch.float64)
+    log_others = log_others.masked_fill(top == lowest, -torch.inf)
+    return Row(marked, x_at, log_others, log_others - x_at)
 
 
 def _softplus(u: Tensor) -> Tensor:
@@ -146,45 +156,49 @@ def _softplus(u: Tensor) -> Tensor:
 
 def _classes(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy, and the losses that are made of it."""
-    ldam, focal = spec.formula == "ldam", spec.formula == "focal"
-    x = _logits(spec, operands.inputs)
-    if ldam:
-        x = x * spec.params[0]
-    row = _row(spec, x, operands.labels, operands.margins)
-    num_classes = x.shape[-1]
-    weight = None if operands.weight is None else operands.weight.to(x.dtype)
+    x = logits(spec, operands.inputs)
+    return of_row(spec, operands, _row(spec, x, operands.labels, operands.margins), x)
+
+
+def of_row(spec: Spec, operands: Operands, row: Row, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The losses of rows; a target that is on the label alone needs none of their logits."""
+    dtype, num_classes = spec.compute_dtype, operands.inputs.shape[-1]
+    weight = None if operands.weight is None else operands.weight.to(dtype)
     of_label = weight_of_label(spec, operands, weight)
     # Of the smoothed target: what is on the label, and what is spread over all classes.
     spread: Tensor | None = None
     if operands.targets is not None:
-        spread = operands.targets.to(x.dtype) * (1 - spec.smoothing) + spec.smoothing / num_classes
-    elif spec.smoothing:
+        spread = operands.targets.to(dtype) * (1 - spec.smoothing) + spec.smoothing / num_classes
+    elif spec.smoothing and x is not None:
         spread = torch.full_like(x, spec.smoothing / num_classes)
-    hard = x.new_zeros(()) if operands.targets is not None else x.new_tensor(1 - spec.smoothing)
+    hard: float | Tensor = 0.0 if operands.targets is not None else 1 - spec.smoothing
     per_row: Tensor | None = None
-    if focal or ldam:
+    if spec.formula in ("focal", "ldam"):
         per_row = of_label
     else:
         spread = spread if spread is None or weight is None else spread * weight
         hard = hard if of_label is None else hard * of_label.unsqueeze(-1)
     nll = _softplus(row.u)
+    # The log of the sum over all classes, from the greater part: x_at may be -inf.
+    log_sum = torch.where(row.u > 0, row.others + _softplus(-row.u), row.x_at + nll).to(dtype)
     losses = hard * nll
-    if spread is not None:
-        skipped = row.at | (spread == 0)
-        distance = torch.where(skipped, 0, row.x_at - row.x.masked_fill(skipped, 0))
-        losses = losses + spread.sum(-1, keepdim=True) * nll + (spread * distance).sum(-1, keepdim=True)
+    if spread is not None and x is not None and row.at is not None:
+        absent = (x == -torch.inf) & (spread == 0)
+        above = torch.where(row.at, nll.to(dtype), (log_sum - x).masked_fill(absent, 0))
+        losses = losses + (spread * above).sum(-1, keepdim=True)
     if spec.formula == "poly":
         missing = hard * torch.sigmoid(row.u)
-        if spread is not None:
-            others = torch.where(row.at, torch.sigmoid(row.u), 1 - x.softmax(-1))
+        if spread is not None and x is not None and row.at is not None:
+            others = torch.where(row.at, torch.sigmoid(row.u).to(dtype), 1 - x.softmax(-1))
             missing = missing + (spread * others).sum(-1, keepdim=True)
         losses = losses + spec.params[0] * missing
-    if focal and spec.params[0]:
-        losses = losses * torch.exp(spec.params[0] * F.logsigmoid(row.u))
-    losses = losses.squeeze(-1)
+    if spec.formula == "focal" and spec.params[0]:
+        # Of the label's logit -inf, the factor is 1 without a slope.
+        factor = torch.where(row.u == torch.inf, 1, torch.exp(spec.params[0] * F.logsigmoid(row.u)))
+        losses = losses * factor
+    losses = losses.squeeze(-1).to(dtype)
     losses = losses if per_row is None else losses * per_row
-    z = spec.z_loss * x.logsumexp(-1).square() if spec.z_loss else None
-    return losses, z
+    return losses, spec.z_loss * log_sum.squeeze(-1).square() if spec.z_loss else None
 
 
 def weight_of_label(spec: Spec, operands: Operands, weight: Tensor | None) -> Tensor | None:
@@ -206,7 +220,7 @@ def _distillation(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
     kl = _kl((teacher / temperature).log_softmax(-1), (x / temperature).log_softmax(-1)) * temperature**2
     if operands.labels is None:
         return kl, None
-    nll = _softplus(_row(spec, x, operands.labels).u).squeeze(-1)
+    nll = _softplus(_row(spec, x, operands.labels).u).squeeze(-1).to(x.dtype)
     return alpha * kl + (1 - alpha) * nll, None
 
 
@@ -215,7 +229,7 @@ def _r_drop(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
     a, b = operands.inputs.to(spec.compute_dtype), operands.targets.to(spec.compute_dtype)
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
     nll = _softplus(_row(spec, a, operands.labels).u) + _softplus(_row(spec, b, operands.labels).u)
-    return 0.5 * (nll.squeeze(-1) + spec.params[0] * (_kl(log_p, log_q) + _kl(log_q, log_p))), None
+    return 0.5 * (nll.squeeze(-1).to(a.dtype) + spec.params[0] * (_kl(log_p, log_q) + _kl(log_q, log_p))), None
 
 
 def _js(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
@@ -235,7 +249,7 @@ def _margin_mse(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
 
 def _z_loss(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor]:
     """What z_loss adds, alone."""
-    z = spec.z_loss * _logits(spec, operands.inputs).logsumexp(-1).square()
+    z = spec.z_loss * logits(spec, operands.inputs).logsumexp(-1).square()
     return torch.zeros_like(z), z
 
 
