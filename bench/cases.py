@@ -50,7 +50,7 @@ class Case:
 
     @property
     def floor_bytes(self) -> int:
-        """Logits and targets read once, the gradient written once; the few bytes of SparseLabels and classes left out."""
+        """Logits and targets read once, the gradient written once; SparseLabels and classes are a few bytes."""
         of_targets = self.target_dtype.itemsize if self.target_dtype and self.targets != "classes" else 0
         return self.numel * (2 * self.dtype.itemsize + of_targets)
 

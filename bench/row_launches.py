@@ -4,7 +4,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from bertloss_fast.kernels import pairs, softmax
+from bertloss_fast.kernels import pairs, rows, softmax
+from bertloss_fast.kernels.pair_formulas import FORMULAS
 from bertloss_fast.kernels.upstream import Upstream
 
 _empty = partial(torch.empty, device="meta")
@@ -32,10 +33,10 @@ class Rows(NamedTuple):
         dtype = torch.float64 if self.inputs == torch.float64 else torch.float32
         empty = partial(_empty, dtype=dtype)
         shape = self.rows, self.num_classes
-        two = self.formula in pairs.FORMULAS
+        two = self.formula in FORMULAS
         other = self.inputs if two else self.probabilities
         has_labels = self.probabilities is None and self.labels
-        tensors = softmax.Operands(
+        tensors = rows.Operands(
             _empty(shape, dtype=self.inputs),
             None if other is None else _empty(shape, dtype=other),
             _empty(self.rows, dtype=torch.int64) if has_labels else None,
@@ -43,7 +44,7 @@ class Rows(NamedTuple):
             empty(self.num_classes) if self.formula == "ldam" else None,
             (),
         )
-        loss_of = softmax.Loss(
+        loss_of = rows.Loss(
             self.formula,
             self.params,
             self.smoothing,

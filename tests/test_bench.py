@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_sigmoid, report
+from bench import bench_sigmoid, bench_softmax, families, report
 from bench.cases import Case, Provider, Row, as_tensor, make_data
 from bench.claims import Claim
 from bench.measure import COPY, errors, measure_time
@@ -17,6 +17,8 @@ from bertloss_fast.targets import SparseLabels
 
 CPU = torch.device("cpu")
 TIME = Case("sigmoid", "focal", (3, 50), torch.float32, torch.uint8, upstream=0.5)
+CLASSES = Case("softmax", "softmax focal", (30, 7), torch.float32, torch.int64, upstream=0.5, targets="classes")
+TEACHER = Case("softmax", "distillation", (30, 7), torch.bfloat16, torch.bfloat16, targets="teacher")
 MEMORY = Case("memory", "bce", (64, 1000), torch.float32, torch.float32)
 SPARSE = Case("sigmoid", "focal", (300, 7), torch.bfloat16, None, labels_per_row=5)
 SPARSE_MEMORY = Case("memory", "focal", (64, 1000), torch.float32, None, labels_per_row=5)
@@ -116,7 +118,18 @@ def test_a_case_is_read_as_it_was_written(case):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_claim_is_about_a_case(device):
     device = torch.device(device)
-    assert {claim.case for claim in bench_sigmoid.claims(device)} <= set(bench_sigmoid.cases(device))
+    assert {claim.case for claim in families.claims(device)} <= set(families.cases(device))
+
+
+@pytest.mark.parametrize("case", [CLASSES, TEACHER, replace(CLASSES, loss="cross-entropy")])
+def test_losses_of_rows_are_checked_against_float64(case):
+    """As a mean over rows, ours and PyTorch's formula alike."""
+    family = families.family_of(case)
+    providers = [provider for provider in family.PROVIDERS if provider.name in ("eager", "pytorch")]
+    rows = measure_time(case, providers, family.oracle, CPU, 0.0)
+    assert [row.status for row in rows] == ["ok"] * 3
+    assert all(row.grad_error < 0.01 for row in rows[:2])
+    assert Case.from_json(case.to_json()) == case
 
 
 def test_memory_of_a_known_allocation_is_seen():
@@ -138,6 +151,8 @@ def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
         Claim("{}, memory", SPARSE_MEMORY, "eager", at_most=64, over_gradient=True),
     )
     monkeypatch.setattr(bench_sigmoid, "_CPU_CLAIMS", claims)
+    monkeypatch.setattr(bench_softmax, "_CPU_CASES", (CLASSES,))
+    monkeypatch.setattr(bench_softmax, "_CPU_CLAIMS", ())
     monkeypatch.setattr(command, "_QUICK_BUDGET", 0.0)
     assert command.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton has no wheels outside Linux")
 
-from bertloss_fast.kernels import combine, pairs, parts, passes, pointwise, rowwise, sigmoid, softmax
+from bertloss_fast.kernels import combine, pairs, parts, passes, pointwise, rows, rowwise, sigmoid, softmax
 from bertloss_fast.kernels.upstream import Upstream
 
 import bertloss_fast as bf
@@ -258,7 +258,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     found: list[Launch] = []
-    for module in (sigmoid, rowwise, parts, combine, passes, softmax, pairs, pointwise):
+    for module in (sigmoid, rowwise, parts, combine, passes, rows, softmax, pairs, pointwise):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), name, found))
     return found

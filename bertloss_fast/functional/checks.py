@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 
 from ..ops import dispatch
 from ..ops.upstream import UpstreamMemory
@@ -82,9 +83,9 @@ def check_ignore_index(ignore_index: int | None) -> None:
 
 
 def check_index(name: str, value: int, expected: str = "an integer") -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    return value
+    return int(value)
 
 
 def _check_room_for_ignore_index(name: str, targets: Tensor, ignore_index: int) -> None:
@@ -193,6 +194,13 @@ def check_positive(name: str, value: float, low: float = 1 / LARGEST, high: floa
     return check_number(name, value, low, high)
 
 
+def one_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """torch's deprecated arguments override the one that took their place."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce)
+
+
 def check_reduction(reduction: str, known: Sequence[str] = REDUCTIONS) -> None:
     if not isinstance(reduction, str) or reduction not in known:
         raise ValueError(f"reduction: expected one of {', '.join(known)}, got {reduction!r}")
@@ -257,6 +265,17 @@ def check_weight(weight: Tensor | None, inputs_name: str, inputs: Tensor, *, bro
         raise ValueError(
             f"weight: expected shape {wanted[-1:]}, one value a label, or {wanted} like {inputs_name}, got {shape}"
         )
+
+
+def check_class_weight(name: str, weight: Tensor | None) -> None:
+    """Of a module, whose inputs are still to come."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor (C,), one value a class, or None; got {type(weight).__name__}")
+    if weight.dim() != 1:
+        raise ValueError(f"{name}: expected shape (C,), one value a class, got {tuple(weight.shape)}")
+    check_no_gradient(name, weight)
 
 
 def check_no_gradient(name: str, tensor: Tensor | None) -> None:

@@ -39,7 +39,7 @@ def distillation_loss(
         student_logits: ``[..., C]``, of any strides, in float16, bfloat16, float32 or float64.
         teacher_logits: of the same shape, in any of these dtypes. No gradient flows to them.
         targets: classes, ``[...]``, of any integer dtype, or ``None``.
-        temperature: T, > 0. Numbers are compiled in: each new value compiles a kernel.
+        temperature: T, from 1e-4 to 1e4. Numbers are compiled in: each new value compiles a kernel.
         alpha: the share of the teacher, from 0 to 1; without targets it has no meaning.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` (over rows that are not ignored) or ``"batchmean"``, the sum over
             the number of rows.

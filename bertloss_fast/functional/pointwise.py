@@ -6,13 +6,20 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from ..ops import dispatch
 from ..ops.pointwise import pointwise_loss
 from ..ops.upstream import UpstreamMemory
 from ..reference.pointwise import Operands, Spec
-from .checks import as_normalizer, check_inputs, check_mask, check_reduction, check_upstream_memory, check_values
+from .checks import (
+    as_normalizer,
+    check_inputs,
+    check_mask,
+    check_reduction,
+    check_upstream_memory,
+    check_values,
+    one_reduction,
+)
 
 MSE_REDUCTIONS = ("none", "sum", "mean")
 KL_REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -75,7 +82,7 @@ def mse_loss(
     check_values("target", target, "input", input, integers=True)
     if weight is not None:
         check_values("weight", weight, "input", input, integers=True)
-    reduction = _one_reduction(size_average, reduce, reduction)
+    reduction = one_reduction(size_average, reduce, reduction)
     check_reduction(reduction, MSE_REDUCTIONS)
     return _loss("mse", Operands(input, target, weight, mask), reduction, normalizer, backend, upstream_memory)
 
@@ -131,16 +138,10 @@ def kl_div(
     """
     check_inputs("input", input)
     check_values("target", target, "input", input, integers=False)
-    reduction = _one_reduction(size_average, reduce, reduction)
+    reduction = one_reduction(size_average, reduce, reduction)
     check_reduction(reduction, KL_REDUCTIONS)
     formula = "kl of logs" if log_target else "kl"
     return _loss(formula, Operands(input, target, mask=mask), reduction, normalizer, backend, upstream_memory)
-
-
-def _one_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is None and reduce is None:
-        return reduction
-    return _reduction.legacy_get_string(size_average, reduce)
 
 
 def _loss(

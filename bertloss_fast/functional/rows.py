@@ -71,7 +71,6 @@ def prepare_rows(
     softcap: float = 0.0,
     z_loss: float = 0.0,
     weight: Tensor | None = None,
-    margins: Tensor | None = None,
     as_torch: bool = False,
 ) -> tuple[Spec, Operands]:
     """A call on ``[..., C]``; ``targets`` and ``labels`` are checked."""
@@ -106,7 +105,6 @@ def prepare_rows(
         targets,
         labels,
         weight=weight,
-        margins=margins,
         sample_weight=sample_weight,
         normalizer=as_normalizer(options.get("normalizer"), reduction, inputs_name, inputs),
     )
@@ -123,7 +121,7 @@ def classes_last(name: str, inputs: Tensor) -> Tensor:
 
 
 def check_classes(name: str, inputs: Tensor) -> Tensor:
-    if not inputs.dim() or (not inputs.shape[-1] and inputs.shape[:-1].numel()):
+    if not inputs.dim() or not inputs.shape[-1]:
         raise ValueError(f"{name}: expected at least one class, got shape {tuple(inputs.shape)}")
     return inputs
 

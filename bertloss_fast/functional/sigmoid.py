@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn import _reduction
 
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
-from .checks import LARGEST, check_fraction, check_inputs, check_number
+from .checks import LARGEST, check_fraction, check_inputs, check_number, one_reduction
 from .elementwise import Options, elementwise_loss
 
 if TYPE_CHECKING:
@@ -130,8 +129,7 @@ def binary_cross_entropy_with_logits(
 
     Follows ``torch.nn.functional.binary_cross_entropy_with_logits``.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = one_reduction(size_average, reduce, reduction)
     check_inputs("input", input)
     options: Options = {
         "weight": weight,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from ..ops import dispatch
 from ..ops.softmax import softmax_loss
@@ -17,6 +16,7 @@ from .checks import (
     check_number,
     check_positive,
     check_probabilities,
+    one_reduction,
 )
 from .rows import (
     IGNORED,
@@ -57,8 +57,8 @@ def cross_entropy(
         \quad \operatorname{lse}(x) = \log \sum_j e^{x_j}
 
     for each row, with :math:`\tilde t = (1 - s) t + s / C` for the smoothing s and t the class or the probabilities. A
-    row of up to 32768 classes is read once for its loss and its gradient, a longer one twice (at most 8192 with class
-    probabilities, 16384 with smoothing, a soft cap, or in float64).
+    row of up to 32768 classes is read once for its loss and its gradient (16384 with smoothing or a soft cap, 8192 in
+    float64), a longer one twice; beside class probabilities it is 8192 (4096 in float64), and a longer one three times.
 
     Args:
         input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]`` (which costs a copy), of any strides, in float16,
@@ -97,8 +97,7 @@ def cross_entropy(
     Follows :func:`torch.nn.functional.cross_entropy`; z_loss is that of Chowdhery et al., "PaLM", 2022
     (arXiv:2204.02311).
     """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = one_reduction(size_average, reduce, reduction)
     check_options(options, RowOptions)
     softcap = 0.0 if logit_softcap is None else check_positive("logit_softcap", logit_softcap)
     z_loss = check_number("z_loss", z_loss, 0)
@@ -110,7 +109,7 @@ def cross_entropy(
         target,
         reduction,
         {**options, **of_classes},
-        names=("input", "target"),
+        as_torch=True,
         softcap=softcap,
         z_loss=z_loss,
     )
@@ -310,13 +309,17 @@ def _prepare(
     reduction: str,
     options: ClassOptions,
     *,
-    names: tuple[str, str] = ("inputs", "targets"),
+    as_torch: bool = False,
     softcap: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Spec, Operands]:
     """A call with the classes where torch has them: in the second dimension, or the only one."""
+    names = ("input", "target") if as_torch else ("inputs", "targets")
     rows = classes_last(names[0], inputs)
     probabilities, labels = split_targets(targets, inputs, names)
+    ignored = options.get("ignore_index", IGNORED)
+    if probabilities is not None and ignored >= 0:
+        raise ValueError(f"ignore_index: expected none with class probabilities, got {ignored}")
     weight = as_class_vector("weight", options.get("weight"), names[0], rows)
     return prepare_rows(
         formula,
@@ -331,7 +334,7 @@ def _prepare(
         softcap=softcap,
         z_loss=z_loss,
         weight=weight,
-        as_torch=names[0] == "input",
+        as_torch=as_torch,
     )
 
 

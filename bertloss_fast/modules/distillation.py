@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .. import functional as F
 from ..functional.checks import check_number, check_positive
-from .softmax import RowLoss
+from .softmax import LabelLoss, RowLoss
 
 
-class DistillationLoss(RowLoss):
+class DistillationLoss(LabelLoss):
     """Hinton's distillation loss; :func:`bertloss_fast.distillation_loss` has the formula.
 
     Args:
@@ -52,12 +52,11 @@ class DistillationLoss(RowLoss):
             self.temperature,
             self.alpha,
             self.reduction,
-            ignore_index=self.ignore_index,
             **self._options(options),
         )
 
 
-class RDropLoss(RowLoss):
+class RDropLoss(LabelLoss):
     """R-Drop; :func:`bertloss_fast.r_drop_loss` has the formula.
 
     Args:
@@ -91,7 +90,6 @@ class RDropLoss(RowLoss):
             targets,
             self.alpha,
             self.reduction,
-            ignore_index=self.ignore_index,
             **self._options(options),
         )
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import _reduction
 
-from ..functional.checks import check_backend, check_reduction
+from ..functional.checks import check_backend, check_reduction, one_reduction
 from ..functional.pointwise import KL_REDUCTIONS, MSE_REDUCTIONS, kl_div, mse_loss
 from ..ops.upstream import UpstreamMemory
 
@@ -41,8 +40,7 @@ class MSELoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = one_reduction(size_average, reduce, reduction)
         check_reduction(reduction, MSE_REDUCTIONS)
         check_backend(backend)
         self.reduction = reduction
@@ -109,8 +107,7 @@ class KLDivLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = one_reduction(size_average, reduce, reduction)
         check_reduction(reduction, KL_REDUCTIONS)
         check_backend(backend)
         self.reduction = reduction

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import _reduction
 
 from .. import functional as F
 from ..functional.checks import (
@@ -19,6 +18,7 @@ from ..functional.checks import (
     check_number,
     check_probabilities,
     check_reduction,
+    one_reduction,
 )
 from ..functional.elementwise import Options
 from ..ops.upstream import UpstreamMemory
@@ -165,8 +165,7 @@ class BCEWithLogitsLoss(ElementwiseLoss):
         pos_weight: float | Tensor | None = None,
         **options: Any,
     ) -> None:
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = one_reduction(size_average, reduce, reduction)
         super().__init__(reduction, weight=weight, pos_weight=pos_weight, **options)
 
     def forward(self, input: Tensor, target: Tensor | SparseLabels, **options: Any) -> Tensor:

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import _reduction
 
 from .. import functional as F
 from ..functional.checks import (
     LARGEST,
     check_backend,
+    check_class_weight,
     check_index,
-    check_no_gradient,
     check_number,
     check_positive,
     check_reduction,
+    one_reduction,
 )
 from ..functional.rows import IGNORED, REDUCTIONS, ClassOptions, check_smoothing
 from ..functional.softmax import ldam, ldam_margins
@@ -34,12 +34,11 @@ class RowLoss(nn.Module):
 
     _shown: tuple[str, ...] = ()
 
-    def __init__(self, reduction: str, *, ignore_index: int = IGNORED, backend: str | None = None) -> None:
+    def __init__(self, reduction: str, *, backend: str | None = None) -> None:
         super().__init__()
         check_reduction(reduction, REDUCTIONS)
         check_backend(backend)
         self.reduction = reduction
-        self.ignore_index = check_index("ignore_index", ignore_index)
         self.backend = backend
         self._upstream_memory = UpstreamMemory()
 
@@ -51,11 +50,28 @@ class RowLoss(nn.Module):
         return {"backend": self.backend, "upstream_memory": self._upstream_memory, **of_call}
 
     def extra_repr(self) -> str:
-        options = {name: getattr(self, name) for name in (*self._shown, "reduction")}
-        return shown(options | {"ignore_index": None if self.ignore_index == IGNORED else self.ignore_index})
+        return shown(self._set())
+
+    def _set(self) -> dict[str, Any]:
+        """The options, and None for those that are as they are by default."""
+        return {name: getattr(self, name) for name in (*self._shown, "reduction")}
 
 
-class ClassLoss(RowLoss):
+class LabelLoss(RowLoss):
+    """And those that have classes."""
+
+    def __init__(self, reduction: str, *, ignore_index: int = IGNORED, backend: str | None = None) -> None:
+        super().__init__(reduction, backend=backend)
+        self.ignore_index = check_index("ignore_index", ignore_index)
+
+    def _options(self, of_call: dict[str, Any]) -> dict[str, Any]:
+        return super()._options(of_call) | {"ignore_index": self.ignore_index}
+
+    def _set(self) -> dict[str, Any]:
+        return {**super()._set(), "ignore_index": None if self.ignore_index == IGNORED else self.ignore_index}
+
+
+class ClassLoss(LabelLoss):
     """And what those have that are made of cross-entropy."""
 
     weight: Tensor | None
@@ -65,21 +81,14 @@ class ClassLoss(RowLoss):
     ) -> None:
         super().__init__(reduction, **options)
         self.label_smoothing = check_smoothing(label_smoothing)
-        check_no_gradient("weight", weight)
+        check_class_weight("weight", weight)
         self.register_buffer("weight", weight)
 
     def _options(self, of_call: dict[str, Any]) -> dict[str, Any]:
-        return super()._options(of_call) | {
-            "weight": self.weight,
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": self.ignore_index,
-        }
+        return super()._options(of_call) | {"weight": self.weight, "label_smoothing": self.label_smoothing}
 
-    def extra_repr(self) -> str:
-        smoothing = self.label_smoothing or None
-        return ", ".join([super().extra_repr(), shown({"weight": self.weight, "label_smoothing": smoothing})]).strip(
-            ", "
-        )
+    def _set(self) -> dict[str, Any]:
+        return {**super()._set(), "weight": self.weight, "label_smoothing": self.label_smoothing or None}
 
 
 class CrossEntropyLoss(ClassLoss):
@@ -127,8 +136,7 @@ class CrossEntropyLoss(ClassLoss):
         logit_softcap: float | None = None,
         backend: str | None = None,
     ) -> None:
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = one_reduction(size_average, reduce, reduction)
         super().__init__(
             reduction, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, backend=backend
         )
@@ -180,9 +188,7 @@ class SoftmaxFocalLoss(ClassLoss):
     ) -> None:
         super().__init__(reduction, **options)
         self.gamma = check_number("gamma", gamma, 0)
-        if alpha is not None and not isinstance(alpha, Tensor):
-            raise TypeError(f"alpha: expected a tensor (C,), one value a class, or None; got {type(alpha).__name__}")
-        check_no_gradient("alpha", alpha)
+        check_class_weight("alpha", alpha)
         self.register_buffer("alpha", alpha)
 
     def forward(self, inputs: Tensor, targets: Tensor, **options: Any) -> Tensor:
@@ -266,7 +272,7 @@ class LDAMLoss(ClassLoss):
         """What casts the model leaves the margins in float64."""
         margins = self.margins
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.margins = margins.to(self.margins.device)
+        self.margins = self.margins.double() if margins.is_meta else margins.to(self.margins.device)
         return self
 
     def forward(self, inputs: Tensor, targets: Tensor, **options: Any) -> Tensor:

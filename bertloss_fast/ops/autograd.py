@@ -18,7 +18,7 @@ def compute_loss(
 ) -> Tensor:
     """A loss, on valid arguments."""
     targets_require_grad = operands.targets is not None and operands.targets.requires_grad
-    if dispatch.needs_plain_operations() or operands.inputs.numel() == 0:
+    if dispatch.needs_plain_operations() or operands.inputs.numel() == 0 or operands.inputs.is_meta:
         # The compiler makes one kernel of plain operations, and two of what they reduce; ours are fewer passes.
         has_gradients = family.grads_of_targets or not targets_require_grad
         if backend == "triton" and has_gradients and dispatch.can_keep_operators():

@@ -55,20 +55,23 @@ def _is_torch_s(spec: Spec, operands: Operands) -> bool:
 
 def _torch_cross_entropy(spec: Spec, operands: Operands) -> Tensor:
     num_classes = operands.inputs.shape[-1]
-    inputs = operands.inputs.reshape(-1, num_classes)
+    inputs, kept = operands.inputs.reshape(-1, num_classes), reference.keep(spec, operands)
+    by_row = spec.reduction == "none" or operands.sample_weight is not None
     if operands.labels is None:
         target = cast(Tensor, operands.targets).to(spec.compute_dtype).reshape(-1, num_classes)
     else:
         target = operands.labels.reshape(-1).long()
+        counts = cast(Tensor, kept).reshape(-1)
+        if not counts.all():  # what does not count is no source of NaN, and takes no time
+            inputs = torch.where(counts.unsqueeze(-1), inputs, 0) if by_row else inputs[counts]
+            target = target if by_row else target[counts]
     weight = None if operands.weight is None else operands.weight.to(spec.compute_dtype)
 
     def compute(reduction: str) -> Tensor:
         return F.cross_entropy(inputs, target, weight, None, spec.ignored, None, reduction, spec.smoothing)
 
-    if operands.sample_weight is not None or spec.reduction == "none":
-        losses = compute("none").reshape(operands.inputs.shape[:-1])
-        if operands.sample_weight is not None:
-            losses = losses * operands.sample_weight.to(spec.compute_dtype)
+    if by_row:
+        losses, _ = reference.weigh(spec, operands, compute("none").reshape(operands.inputs.shape[:-1]), None)
         if spec.reduction == "none":
             return losses.to(spec.loss_dtype)
         return (losses.sum() / reference.denominators(spec, operands).of_losses).to(spec.loss_dtype)
@@ -231,24 +234,23 @@ def _label_block(
 
     That is summed up without the label's, so that it keeps its digits where it is small.
     """
-    labels = cast(Tensor, part.labels)
-    kept = labels != spec.ignored
+    kept = cast(Tensor, reference.keep(spec, part))
     x = reference.logits(spec, part.inputs.detach())
     if not kept.all():  # what does not count is no source of NaN
         x = x.masked_fill(~kept.unsqueeze(-1), 0)
-    at = torch.where(kept, labels, 0).long().unsqueeze(-1)
+    at = reference.classes(part).unsqueeze(-1)
     x_at = x.gather(-1, at)
     if part.margins is not None:
         x_at -= spec.params[0] * part.margins.to(x.dtype)[at]
         x = x.scatter(-1, at, x_at)
     probabilities = x.softmax(-1)
-    p = probabilities.gather(-1, at).double()
-    of_others = probabilities.scatter_(-1, at, 0).sum(-1, keepdim=True).double()
+    p = reference.wide(probabilities.gather(-1, at))
+    of_others = reference.wide(probabilities.scatter_(-1, at, 0).sum(-1, keepdim=True))
     p, q = p / (p + of_others), of_others / (p + of_others)  # softmax adds up less carefully than sum
     log_sum = x_at - torch.where(q < 0.5, torch.log1p(-q), p.log())
     unlikely = (p < 1e-30).squeeze(-1)
     if unlikely.any():  # where the logarithm of p would be wrong
-        log_sum[unlikely] = x[unlikely].double().logsumexp(-1, keepdim=True)
+        log_sum[unlikely] = reference.wide(x[unlikely]).logsumexp(-1, keepdim=True)
     log_others = log_sum + q.log()
     with inner_autograd() if any(wanted) else nullcontext():
         log_others, x_at = log_others.requires_grad_(any(wanted)), x_at.requires_grad_(any(wanted))
@@ -261,7 +263,8 @@ def _label_block(
     share = torch.where(of_others == 0, 0, slope / of_others).to(x.dtype)
     gradient = probabilities.mul_(share).scatter_(-1, at, slope_at)
     if spec.softcap:
-        gradient *= 1 - (x.masked_fill(x == -torch.inf, spec.softcap) / spec.softcap).square()
+        e = torch.exp(-2 * (part.inputs.detach().to(x.dtype) / spec.softcap).abs())
+        gradient *= torch.where(kept.unsqueeze(-1), 4 * e / (1 + e).square(), 0)
     elif spec.formula == "ldam":
         gradient *= spec.params[0]
     return of_rows.detach(), (gradient,)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import pairs, passes, softmax
+from ..kernels import pairs, passes, rows, softmax
+from ..kernels.pair_formulas import FORMULAS
 from ..kernels.upstream import Upstream
 from ..reference.softmax import Denominators, Operands, Spec, counts_weights
 from .families import Gradients
 
 
-def _loss_of(spec: Spec) -> softmax.Loss:
+def _loss_of(spec: Spec) -> rows.Loss:
     scaled = spec.formula == "ldam"
-    return softmax.Loss(
+    return rows.Loss(
         formula=spec.formula,
         params=spec.params,
         smoothing=spec.smoothing,
@@ -26,7 +27,7 @@ def _loss_of(spec: Spec) -> softmax.Loss:
 
 
 def _is_pair(spec: Spec) -> bool:
-    return spec.formula in pairs.FORMULAS
+    return spec.formula in FORMULAS
 
 
 def new_partials(spec: Spec, operands: Operands) -> Tensor:
@@ -36,7 +37,7 @@ def new_partials(spec: Spec, operands: Operands) -> Tensor:
         cut = pairs.pair_config(inputs, spec.compute_dtype)
     else:
         cut = softmax.row_config(inputs, _loss_of(spec), operands.targets, spec.compute_dtype)
-    return inputs.new_empty(softmax.num_programs(len(inputs), cut), dtype=spec.compute_dtype)
+    return inputs.new_empty(rows.num_programs(len(inputs), cut), dtype=spec.compute_dtype)
 
 
 def sum_partials(partials: Tensor, loss: Tensor) -> None:
@@ -47,10 +48,10 @@ def counted_denominators(spec: Spec, operands: Operands) -> Tensor | None:
     """Both denominators of a mean, [2]; None where plain PyTorch counts faster."""
     assert operands.labels is not None
     labels = operands.labels.reshape(-1).contiguous()
-    if len(labels) > softmax.MAX_COUNTED:
+    if len(labels) > rows.MAX_COUNTED:
         return None
     counts = operands.inputs.new_empty(2, dtype=spec.compute_dtype)
-    softmax.count_launcher(
+    rows.count_launcher(
         labels,
         operands.weight if counts_weights(spec, operands) else None,
         counts,
@@ -73,7 +74,7 @@ def launch(
 ) -> None:
     """On operands that are rows; the upstream gradient is one of a scalar, or ``upstreams`` of the losses."""
     factors = () if operands.sample_weight is None else (operands.sample_weight,)
-    tensors = softmax.Operands(*operands[:5], factors)
+    tensors = rows.Operands(*operands[:5], factors)
     reduced = spec.reduction != "none"
     compute_dtype: torch.dtype = spec.compute_dtype
     if _is_pair(spec):

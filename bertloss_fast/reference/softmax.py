@@ -7,7 +7,7 @@ Class probabilities have no t; there the class of the greatest logit stands in i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def weigh(spec: Spec, operands: Operands, losses: Tensor, z: Tensor | None) -> t
     kept = keep(spec, operands)
     if operands.sample_weight is not None:
         losses = losses * operands.sample_weight.to(losses.dtype)
-    if kept is not None:
+    if kept is not None and operands.labels is not None:
+        losses = torch.where(_is_class(operands), losses, torch.nan)  # a class out of range is loud
         losses = torch.where(kept, losses, 0)
         z = None if z is None else torch.where(kept, z, 0)
     return losses, z
@@ -81,6 +82,16 @@ def weigh(spec: Spec, operands: Operands, losses: Tensor, z: Tensor | None) -> t
 def keep(spec: Spec, operands: Operands) -> Tensor | None:
     """Which rows count; None for all."""
     return None if operands.labels is None else operands.labels != spec.ignored
+
+
+def _is_class(operands: Operands) -> Tensor:
+    labels = cast(Tensor, operands.labels)
+    return (labels >= 0) & (labels < operands.inputs.shape[-1])
+
+
+def classes(operands: Operands) -> Tensor:
+    """The labels as indices: 0 for what is no class."""
+    return torch.where(_is_class(operands), cast(Tensor, operands.labels), 0).long()
 
 
 def counts_weights(spec: Spec, operands: Operands) -> bool:
@@ -108,7 +119,7 @@ def denominators(spec: Spec, operands: Operands) -> Denominators:
     if not counts_weights(spec, operands):
         return Denominators(num_rows, num_rows)
     assert operands.weight is not None
-    weights = operands.weight.to(spec.compute_dtype)[torch.where(kept, operands.labels, 0).long()]
+    weights = operands.weight.to(spec.compute_dtype)[classes(operands)]
     total = torch.where(kept, weights, 0).sum()
     return Denominators(torch.where(total == 0, 1, total), num_rows)
 
@@ -117,9 +128,20 @@ def logits(spec: Spec, x: Tensor) -> Tensor:
     """As the loss is of them."""
     x = x.to(spec.compute_dtype)
     if spec.softcap:
-        capped = spec.softcap * torch.tanh(x / spec.softcap)
-        x = torch.where(x == -torch.inf, -torch.inf, capped)
+        x = torch.where(x == -torch.inf, -torch.inf, spec.softcap * _tanh(x / spec.softcap))
     return x * spec.params[0] if spec.formula == "ldam" else x
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """torch's, whose derivative 1 - tanh^2 would be 0 from 9 on in float32."""
+    large = x.abs() > 1
+    e = torch.exp(-2 * torch.where(large, x, 1).abs())
+    return torch.where(large, x.sign() * (1 - e) / (1 + e), torch.tanh(torch.where(large, 0, x)))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, where a device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 class Row(NamedTuple):
@@ -131,11 +153,8 @@ class Row(NamedTuple):
     u: Tensor  # [..., 1], others - x_at
 
 
-def _row(spec: Spec, x: Tensor, labels: Tensor | None, margins: Tensor | None = None) -> Row:
-    if labels is None:
-        at = x.detach().argmax(-1, keepdim=True)
-    else:
-        at = torch.where(labels == spec.ignored, 0, labels).long().unsqueeze(-1)
+def _row(spec: Spec, operands: Operands, x: Tensor, margins: Tensor | None = None) -> Row:
+    at = x.detach().argmax(-1, keepdim=True) if operands.labels is None else classes(operands).unsqueeze(-1)
     marked = at == torch.arange(x.shape[-1], device=x.device)
     x_at = x.gather(-1, at)
     if margins is not None:
@@ -145,7 +164,7 @@ def _row(spec: Spec, x: Tensor, labels: Tensor | None, margins: Tensor | None = 
     top = others.detach().amax(-1, keepdim=True)
     log_sum = (others - top).exp().sum(-1, keepdim=True).log()
     # In float32 the rounding of u alone is a relative error of 4e-6 where it is 80.
-    log_others = log_sum + top.to(x.dtype if x.device.type == "mps" else torch.float64)
+    log_others = log_sum + wide(top)
     log_others = log_others.masked_fill(top == lowest, -torch.inf)
     return Row(marked, x_at, log_others, log_others - x_at)
 
@@ -157,7 +176,7 @@ def _softplus(u: Tensor) -> Tensor:
 def _classes(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy, and the losses that are made of it."""
     x = logits(spec, operands.inputs)
-    return of_row(spec, operands, _row(spec, x, operands.labels, operands.margins), x)
+    return of_row(spec, operands, _row(spec, operands, x, operands.margins), x)
 
 
 def of_row(spec: Spec, operands: Operands, row: Row, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +223,7 @@ def of_row(spec: Spec, operands: Operands, row: Row, x: Tensor | None = None) ->
 def weight_of_label(spec: Spec, operands: Operands, weight: Tensor | None) -> Tensor | None:
     if weight is None or operands.labels is None:
         return None
-    return weight[torch.where(operands.labels == spec.ignored, 0, operands.labels).long()]
+    return weight[classes(operands)]
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -220,7 +239,9 @@ def _distillation(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
     kl = _kl((teacher / temperature).log_softmax(-1), (x / temperature).log_softmax(-1)) * temperature**2
     if operands.labels is None:
         return kl, None
-    nll = _softplus(_row(spec, x, operands.labels).u).squeeze(-1).to(x.dtype)
+    nll = _softplus(_row(spec, operands, x).u).squeeze(-1).to(x.dtype)
+    if alpha in (0, 1):  # 0 times infinity is no 0
+        return kl if alpha else nll, None
     return alpha * kl + (1 - alpha) * nll, None
 
 
@@ -228,8 +249,11 @@ def _r_drop(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
     assert operands.targets is not None
     a, b = operands.inputs.to(spec.compute_dtype), operands.targets.to(spec.compute_dtype)
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    nll = _softplus(_row(spec, a, operands.labels).u) + _softplus(_row(spec, b, operands.labels).u)
-    return 0.5 * (nll.squeeze(-1).to(a.dtype) + spec.params[0] * (_kl(log_p, log_q) + _kl(log_q, log_p))), None
+    nll = _softplus(_row(spec, operands, a).u) + _softplus(_row(spec, operands, b).u)
+    nll = nll.squeeze(-1).to(a.dtype)
+    if spec.params[0]:  # 0 times infinity is no 0
+        nll = nll + spec.params[0] * (_kl(log_p, log_q) + _kl(log_q, log_p))
+    return 0.5 * nll, None
 
 
 def _js(spec: Spec, operands: Operands) -> tuple[Tensor, None]:
