@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 OLD_TORCH ?= torch==2.11.0
 OUT ?= bench/results
+# A file of tests to each of two processes; threads that wait for each other's cores sleep.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/train_multilabel.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The table of docs/compatibility.md with the oldest torch that is supported, in an environment of its own (gigabytes of
 # CUDA libraries; OLD_TORCH="torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu" saves them).
@@ -25,7 +27,7 @@ test-old-torch:
 	.venv-old/bin/python -m pytest tests/test_features.py tests/test_upstream.py tests/test_autograd.py
 
 test-full: lint
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=full $(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

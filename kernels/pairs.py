@@ -100,6 +100,8 @@ def _loss_of_rows(
     PARAMS: tl.constexpr = LAUNCH.loss.params
     C: tl.constexpr = LAUNCH.num_classes
     row = first + tl.arange(0, ROWS)
+    if LAUNCH.wide:
+        row = row.to(tl.int64)
     labels = _load_labels(operands, row, num_rows, FORMULA.of_first, LAUNCH)
     tile = _load_tile(operands, labels, 0, LAUNCH, BLOCK)
     sums = FORMULA.add(tile, None, labels, PARAMS, LAUNCH.fast)

@@ -168,6 +168,8 @@ def _loss_of_rows(work, first, FORMULA: tl.constexpr, LAUNCH: tl.constexpr, ROWS
     DTYPE: tl.constexpr = LAUNCH.dtype
     C: tl.constexpr = LAUNCH.num_classes
     row = first + tl.arange(0, ROWS)
+    if LAUNCH.wide:
+        row = row.to(tl.int64)
     rows = load_rows(operands, row, num_rows, LAUNCH)
     # A row that does not count is not gone through; a tile of several is, without being loaded.
     cols = tl.where(tl.max(rows.kept.to(tl.int32)) == 0, 0, C)

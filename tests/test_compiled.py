@@ -44,7 +44,7 @@ def test_registers_suffice(reports: dict[tuple[str, str], Report], arch: str, va
         # ptxas puts a few predicates on the stack, nearly all of them where a tile has labels.
         assert report.spills_on_way <= report.elements / 4
         assert report.spills <= 24
-    elif variant in ROWS and not re.fullmatch(r"ce \d+", variant):
+    elif variant in ROWS and (not re.fullmatch(r"ce \d+", variant) or variant == "ce 32768"):
         # A few registers, where rows of the longest kind leave no more.
         assert report.spills <= report.elements / 4
     else:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
+import row_errors
 import torch
 
 import bertloss_fast as bf
@@ -19,7 +18,12 @@ FOCAL, BCE = bf.sigmoid_focal_loss, bf.binary_cross_entropy_with_logits
 X, Y = torch.zeros(N, L), torch.zeros(N, L)
 MASK = torch.ones(N, L, dtype=torch.bool)
 LABELS = bf.SparseLabels.from_lists([[0], [], [1, 2], [4]], L)
-LOSSES = (FOCAL, BCE, bf.asymmetric_loss, bf.poly_focal_loss, bf.distribution_balanced_loss, bf.ghm_loss)
+LOSSES = (
+    *(FOCAL, BCE, bf.asymmetric_loss, bf.poly_focal_loss, bf.distribution_balanced_loss, bf.ghm_loss),
+    *row_errors.LOSSES,
+    bf.mse_loss,
+    bf.kl_div,
+)
 
 
 def integers(dtype: torch.dtype, value: int = 7) -> torch.Tensor:
@@ -28,8 +32,7 @@ def integers(dtype: torch.dtype, value: int = 7) -> torch.Tensor:
     return targets
 
 
-# function, arguments, keyword arguments, error, what its sentence says
-CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+CASES: dict[str, row_errors.Case] = {
     "a silently broadcast target": (FOCAL, (X, Y[:, :1]), {}, ValueError, r"targets: .*\(4, 5\).*inputs.*\(4, 1\)"),
     "torch's name of it": (BCE, (X, Y[:, :1]), {}, ValueError, r"target: .*\(4, 5\) like input, got \(4, 1\)"),
     "integer logits": (FOCAL, (X.long(), Y), {}, TypeError, "inputs: expected float16.*float64, got int64"),
@@ -188,16 +191,20 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type
     "module: alpha": (bf.SigmoidFocalLoss, (1.5,), {}, ValueError, "alpha: .*1.5"),
     "module: torch's reduction": (bf.BCEWithLogitsLoss, (), {"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
 }
+ALL_CASES = CASES | {f"rows: {name}": case for name, case in row_errors.CASES.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_one_sentence_and_no_launch(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object, **kwargs: object) -> None:
         pytest.fail("computed before the arguments were checked")
 
     monkeypatch.setattr("bertloss_fast.ops.sigmoid.sigmoid_launcher", never)
     monkeypatch.setattr("bertloss_fast.reference.sigmoid.elementwise", never)
-    function, args, options, error, sentence = CASES[case]
+    for name in ("softmax", "distillation"):
+        monkeypatch.setattr(f"bertloss_fast.functional.{name}.softmax_loss", never)
+    monkeypatch.setattr("bertloss_fast.functional.pointwise.pointwise_loss", never)
+    function, args, options, error, sentence = ALL_CASES[case]
     if function in LOSSES:
         options = {"backend": backend, **options}
     with pytest.raises(error, match=sentence):

@@ -158,5 +158,14 @@ def test_compares(example: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert lines[2].startswith("| 6 layers, focal | 0.800 (0.700 to 0.900) | 0.700 (0.600 to 0.800) |")
     assert any(line.startswith("| 2 layers, distillation | 0.750 (0.700 to 0.800) |") for line in lines)
     assert any(line.startswith("| majority class | 0.500 | 0.250 |") for line in lines)
+    assert ["layers" in line for line in lines[2:]] == [True, True, False], "the baselines come last"
     script.draw(tmp_path / "multiclass.png", results)
     assert pytest.importorskip("matplotlib.image").imread(tmp_path / "multiclass.png").std() > 0.05
+
+
+def test_a_run_that_the_clock_cut_short_is_made_again(example: Callable[[str], ModuleType]) -> None:
+    script = example("train_multiclass")
+    short, whole = ({"training": {"epochs": done}, "options": {"epochs": 0.6}} for done in (0.512, 0.601))
+    assert [script.has_its_epochs(run) for run in (short, whole)] == [False, True]
+    assert "cut 1 runs short" in script.cut_short({"runs": [short, whole]})
+    assert script.cut_short({"runs": [whole]}) == ""

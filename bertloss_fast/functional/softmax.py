@@ -62,7 +62,8 @@ def cross_entropy(
 
     Args:
         input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]`` (which costs a copy), of any strides, in float16,
-            bfloat16, float32 or float64. A logit may be -inf.
+            bfloat16, float32 or float64. A logit may be -inf; of a row of nothing else the loss is NaN, as
+            in torch.
         target: classes, of any integer dtype and the input's shape without ``C``; or class probabilities of the input's
             shape, floating, to which a gradient flows if they require one.
         weight: of each class, ``[C]``. A mean over classes is one over the weights of the targets.

@@ -116,9 +116,8 @@ def _forward(
 ) -> tuple[Tensor, Saved]:
     num_rows_of = operands.inputs.shape[:-1]
     grads = _new_gradients(operands, wanted)
-    counted, divided = _denominators(spec, operands, backend)
-    rows = _as_rows(operands)
-    flat = _flat(grads)
+    rows, flat = _as_rows(operands), _flat(grads)
+    counted, divided = _denominators(spec, rows, backend)
     if backend == "triton":
         upstream, note = expected_upstream(expected, grads[0] if grads[1] is None else grads[1])
         reduced = spec.reduction != "none"
@@ -150,11 +149,11 @@ def _backward(
         if written and number == (1 if saved.note is None else saved.note.item()):
             return saved.grad, saved.grad_targets
     grads = (saved.grad, saved.grad_targets) if written else _new_gradients(operands, wanted)
+    rows, flat = _as_rows(operands), _flat(grads)
     if saved.denominator is None:
-        divided = _denominators(spec, operands, backend)[1]
+        divided = _denominators(spec, rows, backend)[1]
     else:
         divided = Denominators(saved.denominator[0], saved.denominator[1])
-    rows, flat = _as_rows(operands), _flat(grads)
     if backend == "triton":
         if any(upstream.stride()):
             launch(spec, rows, divided, Upstream(), upstream.reshape(-1).contiguous(), None, flat)

@@ -45,14 +45,13 @@ def sum_partials(partials: Tensor, loss: Tensor) -> None:
 
 
 def counted_denominators(spec: Spec, operands: Operands) -> Tensor | None:
-    """Both denominators of a mean, [2]; None where plain PyTorch counts faster."""
+    """Both denominators of a mean, [2], on operands that are rows; None where plain PyTorch counts faster."""
     assert operands.labels is not None
-    labels = operands.labels.reshape(-1).contiguous()
-    if len(labels) > rows.MAX_COUNTED:
+    if len(operands.labels) > rows.MAX_COUNTED:
         return None
     counts = operands.inputs.new_empty(2, dtype=spec.compute_dtype)
     rows.count_launcher(
-        labels,
+        operands.labels,
         operands.weight if counts_weights(spec, operands) else None,
         counts,
         num_classes=operands.inputs.shape[-1],

@@ -1,0 +1,355 @@
+"""Calls of the losses of rows that do not fit, and what each error says; test_errors.py makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import bertloss_fast as bf
+
+N, L = 4, 5
+CE, SOFTMAX_FOCAL, POLY, DISTILLATION = (
+    bf.cross_entropy,
+    bf.softmax_focal_loss,
+    bf.poly_cross_entropy,
+    bf.distillation_loss,
+)
+LOSSES = (CE, SOFTMAX_FOCAL, POLY, bf.ldam_loss, DISTILLATION, bf.r_drop_loss, bf.js_div_loss, bf.margin_mse_loss)
+X, Y, CLASSES = torch.zeros(N, L), torch.zeros(N, L), torch.tensor([0, 4, -100, 2])
+
+# function, arguments, keyword arguments, error, what its sentence says
+Case = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], type[Exception], str]
+
+
+def classes(value: int, at: int = 1) -> torch.Tensor:
+    targets = CLASSES.clone()
+    targets[at] = value
+    return targets
+
+
+CASES: dict[str, Case] = {
+    # logits
+    "no logits": (CE, ([[0.0]], CLASSES), {}, TypeError, "input: expected a tensor, got list"),
+    "integer logits": (SOFTMAX_FOCAL, (X.long(), CLASSES), {}, TypeError, "inputs: expected float16.*got int64"),
+    "8-bit logits": (CE, (X.to(torch.float8_e5m2), CLASSES), {}, TypeError, "input: .*got float8_e5m2"),
+    "complex logits": (DISTILLATION, (X.cfloat(), X), {}, TypeError, "student_logits: .*got complex64"),
+    "sparse logits": (POLY, (X.to_sparse(), CLASSES), {}, TypeError, "inputs: expected a dense tensor"),
+    "a scalar": (CE, (X[0, 0], CLASSES[0]), {}, ValueError, r"input: expected shape \(C,\), \(N, C\).*got \(\)"),
+    "no classes": (CE, (X[:, :0], CLASSES), {}, ValueError, r"input: expected at least one class.*\(4, 0\)"),
+    "no classes of a pair": (bf.js_div_loss, (X[:, :0], X[:, :0]), {}, ValueError, "logits_a: expected at least one"),
+    # classes
+    "no tensor of classes": (CE, (X, [0, 1, 2, 3]), {}, TypeError, "target: expected a tensor, got list"),
+    "sparse labels": (
+        CE,
+        (X, bf.SparseLabels.from_lists([[0], [], [1, 2], [4]], L)),
+        {},
+        TypeError,
+        "target: expected a tensor, got SparseLabels",
+    ),
+    "bool classes": (CE, (X, CLASSES.bool()), {}, TypeError, "target: expected classes of an integer dtype, got bool"),
+    "complex classes": (POLY, (X, CLASSES.cfloat()), {}, TypeError, "targets: expected classes.*got complex64"),
+    "8-bit floats": (CE, (X, X.to(torch.float8_e4m3fn)), {}, TypeError, "target: expected float16.*float8_e4m3fn"),
+    "classes of other rows": (CE, (X, CLASSES[1:]), {}, ValueError, r"target: expected shape \(4,\).*got \(3,\)"),
+    "classes in a column": (CE, (X, CLASSES[:, None]), {}, ValueError, r"target: .*\(4,\), one class.*got \(4, 1\)"),
+    "classes in a matrix": (POLY, (X, Y.long()), {}, ValueError, r"targets: expected shape \(4,\).*got \(4, 5\)"),
+    "classes of pixels": (CE, (X.reshape(1, 5, 4), CLASSES), {}, ValueError, r"target: .*\(1, 4\).*got \(4,\)"),
+    "float classes": (
+        CE,
+        (X, CLASSES.float()),
+        {},
+        ValueError,
+        r"target: .*\(4, 5\).*or classes of an integer.*\(4,\)",
+    ),
+    "probabilities for focal": (SOFTMAX_FOCAL, (X, Y), {}, TypeError, "targets: .*not defined for class prob.*float32"),
+    "probabilities for ldam": (bf.ldam_loss, (X, Y, [1] * L), {}, TypeError, "targets: .*not defined for class prob"),
+    "probabilities for distillation": (
+        DISTILLATION,
+        (X, X, Y),
+        {},
+        TypeError,
+        "targets: expected classes.*got float32",
+    ),
+    "a bool teacher's": (bf.r_drop_loss, (X, X, CLASSES.bool()), {}, TypeError, "targets: expected classes.*got bool"),
+    "a class too many": (
+        CE,
+        (X, classes(5)),
+        {},
+        ValueError,
+        r"target: expected classes from 0 to 4.*-100.*got 5 at \(1,\)",
+    ),
+    "a negative class": (POLY, (X, classes(-1, 3)), {}, ValueError, r"targets: .*0 to 4.*got -1 at \(3,\)"),
+    "a byte too many": (
+        SOFTMAX_FOCAL,
+        (X, classes(255).byte()),
+        {},
+        ValueError,
+        "targets: .*got 255",
+    ),
+    "a class of a pixel": (
+        CE,
+        (X.reshape(2, 5, 2), classes(9).reshape(2, 2)),
+        {},
+        ValueError,
+        r"target: .*0 to 4.*got 9 at \(0, 1\)",
+    ),
+    "another class ignored": (
+        CE,
+        (X, CLASSES),
+        {"ignore_index": 0},
+        ValueError,
+        r"target: .*or 0 for none.*-100 at \(2,\)",
+    ),
+    "a class of a pair": (bf.r_drop_loss, (X, X, classes(5)), {}, ValueError, r"targets: .*0 to 4.*got 5 at \(1,\)"),
+    "a class of ldam": (bf.ldam_loss, (X, classes(7), [1] * L), {}, ValueError, r"targets: .*0 to 4.*got 7 at \(1,\)"),
+    "a class beside a teacher": (DISTILLATION, (X, X, classes(7)), {}, ValueError, "targets: .*0 to 4.*got 7"),
+    "a probability of 2": (POLY, (X, Y + 2), {}, ValueError, "targets: expected values from 0 to 1, got 2"),
+    "no class of a row": (CE, (X[0], CLASSES), {}, ValueError, r"target: expected shape \(\).*got \(4,\)"),
+    # where tensors are
+    "classes elsewhere": (
+        CE,
+        (X, CLASSES.to("meta")),
+        {},
+        ValueError,
+        "target: expected device 'cpu' like input, got 'meta'",
+    ),
+    "probabilities elsewhere": (CE, (X, Y.to("meta")), {}, ValueError, "target: .*'cpu'.*'meta'"),
+    "a teacher elsewhere": (DISTILLATION, (X, X.to("meta")), {}, ValueError, "teacher_logits: .*'cpu'.*'meta'"),
+    "weight of classes elsewhere": (CE, (X, CLASSES, torch.ones(L, device="meta")), {}, ValueError, "weight: .*'meta'"),
+    "alpha elsewhere": (
+        SOFTMAX_FOCAL,
+        (X, CLASSES),
+        {"alpha": torch.ones(L, device="meta")},
+        ValueError,
+        "alpha: .*'meta'",
+    ),
+    # options
+    "alpha, a number": (SOFTMAX_FOCAL, (X, CLASSES), {"alpha": 0.25}, TypeError, r"alpha: .*\(C,\).*got float"),
+    "alpha of other classes": (
+        SOFTMAX_FOCAL,
+        (X, CLASSES),
+        {"alpha": torch.ones(4)},
+        ValueError,
+        r"alpha: .*\(5,\).*\(4,\)",
+    ),
+    "learned alpha": (
+        SOFTMAX_FOCAL,
+        (X, CLASSES),
+        {"alpha": torch.ones(L, requires_grad=True)},
+        ValueError,
+        "alpha: .*requires_grad",
+    ),
+    "weight of other classes": (CE, (X, CLASSES, torch.ones(4)), {}, ValueError, r"weight: .*\(5,\).*input.*\(4,\)"),
+    "weight of elements": (POLY, (X, CLASSES), {"weight": X}, ValueError, r"weight: .*\(5,\).*\(4, 5\)"),
+    "weight, a number": (CE, (X, CLASSES, 2.0), {}, TypeError, "weight: expected a tensor, got float"),
+    "learned weight": (CE, (X, CLASSES, torch.ones(L, requires_grad=True)), {}, ValueError, "weight: .*requires_grad"),
+    "complex weight": (POLY, (X, CLASSES), {"weight": torch.ones(L).cfloat()}, TypeError, "weight: .*got complex64"),
+    "mean over positives": (
+        CE,
+        (X, CLASSES),
+        {"reduction": "mean_positive"},
+        ValueError,
+        "reduction: .*'mean_positive'",
+    ),
+    "mean over positives of a pair": (
+        bf.js_div_loss,
+        (X, X),
+        {"reduction": "mean_positive"},
+        ValueError,
+        "reduction: expected one of none, sum, mean, batchmean, got 'mean_positive'",
+    ),
+    "ignored half": (
+        CE,
+        (X, CLASSES),
+        {"ignore_index": 1.5},
+        TypeError,
+        "ignore_index: expected an integer, got float",
+    ),
+    "smoothing of 2": (CE, (X, CLASSES), {"label_smoothing": 2.0}, ValueError, "label_smoothing: .*got 2.0"),
+    "negative smoothing": (POLY, (X, CLASSES), {"label_smoothing": -0.1}, ValueError, "label_smoothing: .*got -0.1"),
+    "an option of elements": (
+        SOFTMAX_FOCAL,
+        (X, CLASSES),
+        {"mask": X.bool()},
+        TypeError,
+        "mask: expected no such argument; .*weight",
+    ),
+    "an unknown option of torch's": (CE, (X, CLASSES), {"smoothing": 0.1}, TypeError, "smoothing: expected no such"),
+    "smoothing of a teacher": (DISTILLATION, (X, X), {"label_smoothing": 0.1}, TypeError, "label_smoothing: .*no such"),
+    "ignored in js": (
+        bf.js_div_loss,
+        (X, X),
+        {"ignore_index": 1},
+        TypeError,
+        "ignore_index: expected no such argument",
+    ),
+    "weight of a pair": (
+        bf.r_drop_loss,
+        (X, X, CLASSES),
+        {"weight": torch.ones(L)},
+        TypeError,
+        "weight: expected no such",
+    ),
+    "sample_weight of the classes": (
+        CE,
+        (X, CLASSES),
+        {"sample_weight": torch.ones(L)},
+        ValueError,
+        r"sample_weight: .*\(4,\), one value a row of input.*\(5,\)",
+    ),
+    "sample_weight in a column": (
+        DISTILLATION,
+        (X, X),
+        {"sample_weight": torch.ones(N, 1)},
+        ValueError,
+        r"sample_weight: .*\(4,\).*\(4, 1\)",
+    ),
+    "normalizer of no sum": (
+        CE,
+        (X, CLASSES),
+        {"normalizer": 2, "reduction": "none"},
+        ValueError,
+        "normalizer: .*'none'",
+    ),
+    "negative normalizer": (bf.margin_mse_loss, (X, X), {"normalizer": -2.0}, ValueError, "normalizer: .*-2"),
+    "a memory of rows": (CE, (X, CLASSES), {"upstream_memory": 3}, TypeError, "upstream_memory: .*got int"),
+    "a backend of rows": (CE, (X, CLASSES), {"backend": "cuda"}, ValueError, "backend: expected one of.*'cuda'"),
+    "softcap 0": (CE, (X, CLASSES), {"logit_softcap": 0.0}, ValueError, "logit_softcap: expected a number > 0, got 0"),
+    "negative softcap": (CE, (X, CLASSES), {"logit_softcap": -30}, ValueError, "logit_softcap: .*-30"),
+    "negative z_loss": (CE, (X, CLASSES), {"z_loss": -1}, ValueError, "z_loss: expected a number >= 0, got -1"),
+    "z_loss of a tensor": (CE, (X, CLASSES), {"z_loss": torch.ones(())}, TypeError, "z_loss: .*got Tensor"),
+    # numbers of the losses
+    "softmax: gamma": (SOFTMAX_FOCAL, (X, CLASSES, -1), {}, ValueError, "gamma: expected a number >= 0, got -1"),
+    "softmax: gamma of a tensor": (SOFTMAX_FOCAL, (X, CLASSES, torch.ones(())), {}, TypeError, "gamma: .*got Tensor"),
+    "poly ce: epsilon": (POLY, (X, CLASSES, float("nan")), {}, ValueError, "epsilon: .*nan"),
+    "ldam: counts of other classes": (
+        bf.ldam_loss,
+        (X, CLASSES, [1, 2]),
+        {},
+        ValueError,
+        r"counts: .*\(5,\).*got \(2,\)",
+    ),
+    "ldam: negative counts": (bf.ldam_loss, (X, CLASSES, [1, 2, 3, 4, -5]), {}, ValueError, "counts: .*>= 0, got -5"),
+    "ldam: no counts": (bf.ldam_loss, (X, CLASSES, None), {}, TypeError, "counts: .*got NoneType"),
+    "ldam: margin": (bf.ldam_loss, (X, CLASSES, [1] * L, -0.5), {}, ValueError, "max_margin: .*-0.5"),
+    "ldam: scale": (
+        bf.ldam_loss,
+        (X, CLASSES, [1] * L),
+        {"scale": 0},
+        ValueError,
+        "scale: expected a number > 0, got 0",
+    ),
+    "distillation: temperature": (DISTILLATION, (X, X), {"temperature": 0}, ValueError, "temperature: .*> 0, got 0"),
+    "distillation: hot": (
+        DISTILLATION,
+        (X, X),
+        {"temperature": 1e9},
+        ValueError,
+        "temperature: .*10000.*got 1000000000",
+    ),
+    "distillation: alpha": (
+        DISTILLATION,
+        (X, X),
+        {"alpha": 1.5},
+        ValueError,
+        "alpha: expected a number from 0 to 1, got 1.5",
+    ),
+    "distillation: shape": (
+        DISTILLATION,
+        (X, X[:, :4]),
+        {},
+        ValueError,
+        r"teacher_logits: .*\(4, 5\) like student_logits.*\(4, 4\)",
+    ),
+    "distillation: no teacher": (
+        DISTILLATION,
+        (X, None),
+        {},
+        TypeError,
+        "teacher_logits: expected a tensor, got NoneType",
+    ),
+    "distillation: integer teacher": (DISTILLATION, (X, X.long()), {}, TypeError, "teacher_logits: .*got int64"),
+    "r-drop: alpha": (bf.r_drop_loss, (X, X, CLASSES), {"alpha": -1}, ValueError, "alpha: .*>= 0, got -1"),
+    "r-drop: no classes": (bf.r_drop_loss, (X, X, None), {}, TypeError, "targets: expected classes, got None"),
+    "r-drop: shape": (
+        bf.r_drop_loss,
+        (X, X[:1], CLASSES),
+        {},
+        ValueError,
+        r"logits_b: .*\(4, 5\) like logits_a.*\(1, 5\)",
+    ),
+    "js: shape": (bf.js_div_loss, (X, X[0]), {}, ValueError, r"logits_b: .*\(4, 5\).*got \(5,\)"),
+    "margin mse: one score": (
+        bf.margin_mse_loss,
+        (X[:, :1], X[:, :1]),
+        {},
+        ValueError,
+        r"inputs: .*1 \+ K.*got \(4, 1\)",
+    ),
+    "margin mse: other margins": (
+        bf.margin_mse_loss,
+        (X, X[:, :3]),
+        {},
+        ValueError,
+        r"targets: .*\(4, 5\).*got \(4, 3\)",
+    ),
+    "margin mse: integers": (bf.margin_mse_loss, (X, X.long()), {}, TypeError, "targets: .*got int64"),
+    "mse: a silently broadcast target": (bf.mse_loss, (X, X[:, :1]), {}, ValueError, r"target: .*\(4, 5\).*\(4, 1\)"),
+    "kl: another shape": (bf.kl_div, (X, X[:1]), {}, ValueError, r"target: .*\(4, 5\).*\(1, 5\)"),
+    # modules
+    "module: ce reduction": (
+        bf.CrossEntropyLoss,
+        (),
+        {"reduction": "mean_positive"},
+        ValueError,
+        "reduction: .*'mean_positive'",
+    ),
+    "module: ce weight": (
+        bf.CrossEntropyLoss,
+        (torch.ones(L, requires_grad=True),),
+        {},
+        ValueError,
+        "weight: .*requires_grad",
+    ),
+    "module: ce softcap": (bf.CrossEntropyLoss, (), {"logit_softcap": 0}, ValueError, "logit_softcap: .*> 0, got 0"),
+    "module: ce z_loss": (bf.CrossEntropyLoss, (), {"z_loss": -1}, ValueError, "z_loss: .*-1"),
+    "module: ce ignore_index": (
+        bf.CrossEntropyLoss,
+        (),
+        {"ignore_index": None},
+        TypeError,
+        "ignore_index: .*got NoneType",
+    ),
+    "module: ce backend": (
+        bf.CrossEntropyLoss,
+        (),
+        {"backend": "cuda"},
+        ValueError,
+        "backend: expected one of.*'cuda'",
+    ),
+    "module: ce option": (
+        bf.CrossEntropyLoss(),
+        (X, CLASSES),
+        {"weight": torch.ones(L)},
+        TypeError,
+        "weight: .*belong to the module",
+    ),
+    "module: softmax gamma": (bf.SoftmaxFocalLoss, (-1.0,), {}, ValueError, "gamma: .*-1"),
+    "module: softmax alpha": (bf.SoftmaxFocalLoss, (), {"alpha": 0.25}, TypeError, r"alpha: .*\(C,\).*got float"),
+    "module: softmax smoothing": (
+        bf.SoftmaxFocalLoss,
+        (),
+        {"label_smoothing": 1.5},
+        ValueError,
+        "label_smoothing: .*1.5",
+    ),
+    "module: poly epsilon": (bf.PolyCrossEntropy, (float("inf"),), {}, ValueError, "epsilon: .*inf"),
+    "module: ldam counts": (bf.LDAMLoss, ([[1, 2]],), {}, ValueError, r"counts: .*\(1, 2\)"),
+    "module: ldam classes": (bf.LDAMLoss([1, 2, 3]), (X, CLASSES), {}, ValueError, r"counts: .*\(5,\).*got \(3,\)"),
+    "module: temperature": (bf.DistillationLoss, (0.0,), {}, ValueError, "temperature: .*> 0, got 0"),
+    "module: distillation alpha": (bf.DistillationLoss, (), {"alpha": 1.5}, ValueError, "alpha: .*0 to 1, got 1.5"),
+    "module: r-drop alpha": (bf.RDropLoss, (-1.0,), {}, ValueError, "alpha: .*-1"),
+    "module: js reduction": (bf.JSDivLoss, ("avg",), {}, ValueError, "reduction: .*'avg'"),
+    "module: margin mse": (bf.MarginMSELoss(), (X[:, :1], X[:, :1]), {}, ValueError, "inputs: .*1 [+] K"),
+}
