@@ -228,13 +228,14 @@ _TILE_SIZES = {"BLOCK", "ROWS", "BLOCK_N", "BLOCK_L", "PARTS", "LINES"}
 def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
     code = machine_code(kernel)
     loops = code.loops()
-    if kernel.src.fn.__name__ in _OF_ROWS:
+    of_rows = kernel.src.fn.__name__ in _OF_ROWS
+    if of_rows:
         # One loop over rows; of long rows a loop for each reading; or none, where a program has one row in one tile.
         body = [instruction for loop in loops for instruction in loop] or code.instructions
     else:
         # Full tiles come first in the source, and the compilers keep it so.
         body = loops[0] if loops else []
-    searches = inner_loops(body)
+    searches = [] if of_rows else inner_loops(body)
     way = shortest_way(body) if searches else body
     names = kernel.src.fn.arg_names
     tile = math.prod(size for path, size in kernel.src.constants.items() if names[path[0]] in _TILE_SIZES)

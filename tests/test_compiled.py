@@ -38,7 +38,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], R
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_suffice(reports: dict[tuple[str, str], Report], arch: str, variant: str) -> None:
     report = reports[arch, variant]
-    assert 0 < report.registers <= 255
+    assert 0 < report.registers <= (255 if ARCHS[arch].backend == "cuda" else 512)
     launch = VARIANTS[variant]
     if launch.targets == "sparse" or (variant in LINES and launch.mask):
         # ptxas puts a few predicates on the stack, nearly all of them where a tile has labels.
