@@ -154,7 +154,7 @@ ROWS = {
     "ce 1000 fp32": Budget(37, 2),
     "ce 30522 fp32": Budget(41, 2),
     "ce 1000 fp64": Budget(90, 1),
-    "ce 30522 fp64": Budget(123, 0),
+    "ce 30522 fp64": Budget(137, 0),
     "ce 1000 loss": Budget(17, 2),
     "ce 1000 backward": Budget(21, 2),
     "ce 1000 backward none": Budget(21, 2),

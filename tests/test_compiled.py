@@ -40,13 +40,13 @@ def test_registers_suffice(reports: dict[tuple[str, str], Report], arch: str, va
     report = reports[arch, variant]
     assert 0 < report.registers <= (255 if ARCHS[arch].backend == "cuda" else 512)
     launch = VARIANTS[variant]
-    if launch.targets == "sparse" or (variant in LINES and launch.mask):
+    if getattr(launch, "targets", None) == "sparse" or (variant in LINES and launch.mask):
         # ptxas puts a few predicates on the stack, nearly all of them where a tile has labels.
         assert report.spills_on_way <= report.elements / 4
         assert report.spills <= 24
     elif variant in ROWS and (not re.fullmatch(r"ce \d+", variant) or variant == "ce 32768"):
         # A few registers, where rows of the longest kind leave no more.
-        assert report.spills <= report.elements / 4
+        assert report.spills <= 8
     else:
         assert (report.spills, report.stack) == (0, 0)
 
