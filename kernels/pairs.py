@@ -173,7 +173,7 @@ def _pairs_kernel(
 
 # Two rows in registers, 16 logits of each a thread of four bytes; longer ones in tiles, read once more for the
 # gradient.
-_LONGEST, _BYTES_A_THREAD, _TILE_OF_LONG = 8192, 64, 4096
+_LONGEST, _BYTES_A_THREAD, _TILE_OF_LONG = 8192, 64, 2048
 # Shorter rows share a tile of one warp.
 _TILE, _MOST_ROWS = 512, 8
 
