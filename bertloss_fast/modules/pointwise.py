@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..functional.checks import check_backend, check_reduction, one_reduction
@@ -9,7 +12,25 @@ from ..functional.pointwise import KL_REDUCTIONS, MSE_REDUCTIONS, kl_div, mse_lo
 from ..ops.upstream import UpstreamMemory
 
 
-class MSELoss(nn.Module):
+class PointwiseLoss(nn.Module):
+    """What the pointwise losses share: a reduction of those known, a backend, and what came last as upstream."""
+
+    def __init__(self, reduction: str, known: Sequence[str], backend: str | None) -> None:
+        super().__init__()
+        check_reduction(reduction, known)
+        check_backend(backend)
+        self.reduction = reduction
+        self.backend = backend
+        self._upstream_memory = UpstreamMemory()
+
+    def _options(self) -> dict[str, Any]:
+        return {"reduction": self.reduction, "backend": self.backend, "upstream_memory": self._upstream_memory}
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class MSELoss(PointwiseLoss):
     """Mean squared error; :func:`bertloss_fast.mse_loss` has the formula. A drop-in for :class:`torch.nn.MSELoss`.
 
     Args:
@@ -39,13 +60,7 @@ class MSELoss(nn.Module):
         *,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        reduction = one_reduction(size_average, reduce, reduction)
-        check_reduction(reduction, MSE_REDUCTIONS)
-        check_backend(backend)
-        self.reduction = reduction
-        self.backend = backend
-        self._upstream_memory = UpstreamMemory()
+        super().__init__(one_reduction(size_average, reduce, reduction), MSE_REDUCTIONS, backend)
 
     def forward(
         self,
@@ -56,22 +71,10 @@ class MSELoss(nn.Module):
         mask: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        return mse_loss(
-            input,
-            target,
-            reduction=self.reduction,
-            weight=weight,
-            mask=mask,
-            normalizer=normalizer,
-            backend=self.backend,
-            upstream_memory=self._upstream_memory,
-        )
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        return mse_loss(input, target, weight=weight, mask=mask, normalizer=normalizer, **self._options())
 
 
-class KLDivLoss(nn.Module):
+class KLDivLoss(PointwiseLoss):
     """Kullback-Leibler divergence; :func:`bertloss_fast.kl_div` has the formula.
 
     A drop-in for :class:`torch.nn.KLDivLoss`.
@@ -106,14 +109,8 @@ class KLDivLoss(nn.Module):
         *,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        reduction = one_reduction(size_average, reduce, reduction)
-        check_reduction(reduction, KL_REDUCTIONS)
-        check_backend(backend)
-        self.reduction = reduction
+        super().__init__(one_reduction(size_average, reduce, reduction), KL_REDUCTIONS, backend)
         self.log_target = log_target
-        self.backend = backend
-        self._upstream_memory = UpstreamMemory()
 
     def forward(
         self,
@@ -123,16 +120,7 @@ class KLDivLoss(nn.Module):
         mask: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        return kl_div(
-            input,
-            target,
-            reduction=self.reduction,
-            log_target=self.log_target,
-            mask=mask,
-            normalizer=normalizer,
-            backend=self.backend,
-            upstream_memory=self._upstream_memory,
-        )
+        return kl_div(input, target, log_target=self.log_target, mask=mask, normalizer=normalizer, **self._options())
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, log_target={self.log_target}"
