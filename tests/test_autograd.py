@@ -192,14 +192,14 @@ def test_without_a_gradient_to_come_none_is_computed(
 ) -> None:
     x, y = logits(4, 5, device=device), torch.zeros(4, 5, device=device)
     gradients = []
-    run = sigmoid._FAMILY.forward
+    run = sigmoid.FAMILY.forward
 
     def spy(*arguments: Any) -> tuple[Tensor, Saved]:
         loss, saved = run(*arguments)
-        gradients.append(saved.grad)
+        gradients.append(saved.grads.inputs)
         return loss, saved
 
-    monkeypatch.setattr(sigmoid, "_FAMILY", sigmoid._FAMILY._replace(forward=spy))
+    monkeypatch.setattr(sigmoid, "FAMILY", sigmoid.FAMILY._replace(forward=spy))
     with torch.no_grad():
         loss = bf.sigmoid_focal_loss(x, y, reduction="mean", backend=backend)
     assert gradients == [None]

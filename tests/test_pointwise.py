@@ -415,7 +415,7 @@ def test_a_module_expects_the_upstream_that_came_last(
 ) -> None:
     """Backward leaves both gradients alone where it was right: what a test writes into them comes back."""
     module = MODULES[loss][0](reduction="mean", backend="triton")
-    forward = pointwise._FAMILY.forward
+    forward = pointwise.FAMILY.forward
 
     def spy(*arguments: Any) -> tuple[Tensor, Saved]:
         value, saved = forward(*arguments)
@@ -423,7 +423,7 @@ def test_a_module_expects_the_upstream_that_came_last(
             grad.fill_(7)
         return value, saved
 
-    monkeypatch.setattr(pointwise, "_FAMILY", pointwise._FAMILY._replace(forward=spy))
+    monkeypatch.setattr(pointwise, "FAMILY", pointwise.FAMILY._replace(forward=spy))
     found = []
     for step, factor in enumerate((1.0, 0.25, 0.25, 1.0, 1.0)):
         x, t = batch(loss, SHAPE, device, seed=step)
@@ -441,14 +441,14 @@ def test_a_module_expects_the_upstream_that_came_last(
 def test_only_the_gradients_that_are_wanted(loss: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     function, options = LOSSES[loss]
     saves: list[list[bool]] = []
-    forward = pointwise._FAMILY.forward
+    forward = pointwise.FAMILY.forward
 
     def spy(*arguments: Any) -> tuple[Tensor, Saved]:
         value, saved = forward(*arguments)
         saves.append([grad is not None for grad in saved[:2]])
         return value, saved
 
-    monkeypatch.setattr(pointwise, "_FAMILY", pointwise._FAMILY._replace(forward=spy))
+    monkeypatch.setattr(pointwise, "FAMILY", pointwise.FAMILY._replace(forward=spy))
     x, t = batch(loss, SHAPE, device)
     true = torch.autograd.grad(oracle(loss, x, t, **options), (x, t))
     for inputs, targets, grad in ((x, t.detach(), true[0]), (x.detach(), t, true[1])):

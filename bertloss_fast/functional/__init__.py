@@ -2,6 +2,14 @@
 
 from .distillation import distillation_loss, js_div_loss, margin_mse_loss, r_drop_loss
 from .imbalance import distribution_balanced_loss, ghm_loss
+from .linear import (
+    linear_asymmetric_loss,
+    linear_binary_cross_entropy,
+    linear_cross_entropy,
+    linear_poly_focal_loss,
+    linear_sigmoid_focal_loss,
+    linear_softmax_focal_loss,
+)
 from .pointwise import kl_div, mse_loss
 from .rowwise import two_way_loss, zlpr_loss
 from .sigmoid import asymmetric_loss, binary_cross_entropy_with_logits, poly_focal_loss, sigmoid_focal_loss
@@ -20,6 +28,12 @@ __all__ = [
     "kl_div",
     "label_counts",
     "ldam_loss",
+    "linear_asymmetric_loss",
+    "linear_binary_cross_entropy",
+    "linear_cross_entropy",
+    "linear_poly_focal_loss",
+    "linear_sigmoid_focal_loss",
+    "linear_softmax_focal_loss",
     "margin_mse_loss",
     "mse_loss",
     "poly_cross_entropy",

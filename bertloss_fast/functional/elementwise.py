@@ -57,7 +57,10 @@ def elementwise_loss(
     as_torch: bool = False,
 ) -> Tensor:
     """A loss of one logit and one label, on inputs and params that are checked."""
-    spec, operands = prepare(formula, params, inputs, targets, reduction, options, alpha=alpha, as_torch=as_torch)
+    names = ("input", "target") if as_torch else ("inputs", "targets")
+    spec, operands = prepare(
+        formula, params, inputs, targets, reduction, options, alpha=alpha, names=names, as_torch=as_torch
+    )
     return compute(spec, operands, options)
 
 
@@ -76,15 +79,16 @@ def prepare(
     options: Options,
     *,
     alpha: float | Tensor | None = None,
+    names: tuple[str, str] = ("inputs", "targets"),
     as_torch: bool = False,
 ) -> tuple[Spec, Operands]:
-    """A call's arguments, checked; ``as_torch`` has the names, broadcast weights and dtypes of torch's losses."""
+    """A call's arguments, checked; ``as_torch`` has broadcast weights and dtypes of torch's losses."""
     if not _OPTIONS.issuperset(options):
         unknown = next(name for name in options if name not in _OPTIONS)
         raise TypeError(f"{unknown}: expected no such argument; the options are {', '.join(Options.__annotations__)}")
     ignore_index, mask = options.get("ignore_index"), options.get("mask")
     weight, sample_weight = options.get("weight"), options.get("sample_weight")
-    inputs_name, targets_name = ("input", "target") if as_torch else ("inputs", "targets")
+    inputs_name, targets_name = names
     check_mask(mask, inputs_name, inputs)
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
     soft = None

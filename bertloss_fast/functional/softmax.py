@@ -103,13 +103,14 @@ def cross_entropy(
     softcap = 0.0 if logit_softcap is None else check_positive("logit_softcap", logit_softcap)
     z_loss = check_number("z_loss", z_loss, 0)
     of_classes: ClassOptions = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    spec, operands = _prepare(
+    spec, operands = prepare_classes(
         "cross_entropy",
         (),
         input,
         target,
         reduction,
         {**options, **of_classes},
+        names=("input", "target"),
         as_torch=True,
         softcap=softcap,
         z_loss=z_loss,
@@ -171,13 +172,8 @@ def softmax_focal_loss(
     check_options(options, ClassOptions)
     params = (check_number("gamma", gamma, 0),)
     check_classes_alone(targets)
-    spec, operands = _prepare("focal", params, inputs, targets, reduction, options)
-    if alpha is not None:
-        if not isinstance(alpha, Tensor):
-            raise TypeError(f"alpha: expected a tensor (C,), one value a class, or None; got {type(alpha).__name__}")
-        as_class_vector("alpha", alpha, "inputs", operands.inputs)
-        operands = operands._replace(weight=alpha if operands.weight is None else alpha * operands.weight)
-    return _compute(spec, operands, options)
+    spec, operands = prepare_classes("focal", params, inputs, targets, reduction, options)
+    return _compute(spec, times_alpha(alpha, operands), options)
 
 
 def poly_cross_entropy(
@@ -221,7 +217,7 @@ def poly_cross_entropy(
     """
     check_options(options, ClassOptions)
     params = (check_number("epsilon", epsilon, -LARGEST),)
-    spec, operands = _prepare("poly", params, inputs, targets, reduction, options)
+    spec, operands = prepare_classes("poly", params, inputs, targets, reduction, options)
     if operands.targets is not None:
         check_probabilities("targets", operands.targets)
     return _compute(spec, operands, options)
@@ -285,7 +281,7 @@ def ldam(
     check_options(options, ClassOptions)
     params = (check_positive("scale", scale),)
     check_classes_alone(targets)
-    spec, operands = _prepare("ldam", params, inputs, targets, reduction, options)
+    spec, operands = prepare_classes("ldam", params, inputs, targets, reduction, options)
     if margins.shape != operands.inputs.shape[-1:]:
         raise ValueError(
             f"counts: expected shape {tuple(operands.inputs.shape[-1:])}, one a class of inputs, "
@@ -294,15 +290,25 @@ def ldam(
     return _compute(spec, operands._replace(margins=margins.to(inputs.device)), options)
 
 
-def check_classes_alone(targets: Tensor) -> None:
+def times_alpha(alpha: Tensor | None, operands: Operands) -> Operands:
+    """With alpha, another name of the classes' weight."""
+    if alpha is None:
+        return operands
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"alpha: expected a tensor (C,), one value a class, or None; got {type(alpha).__name__}")
+    as_class_vector("alpha", alpha, "inputs", operands.inputs)
+    return operands._replace(weight=alpha if operands.weight is None else alpha * operands.weight)
+
+
+def check_classes_alone(targets: Tensor, name: str = "targets") -> None:
     if isinstance(targets, Tensor) and targets.is_floating_point():
         raise TypeError(
-            "targets: expected classes of an integer dtype, since this loss is not defined for class probabilities; "
+            f"{name}: expected classes of an integer dtype, since this loss is not defined for class probabilities; "
             f"got {str(targets.dtype).removeprefix('torch.')}"
         )
 
 
-def _prepare(
+def prepare_classes(
     formula: str,
     params: tuple[float, ...],
     inputs: Tensor,
@@ -310,12 +316,12 @@ def _prepare(
     reduction: str,
     options: ClassOptions,
     *,
+    names: tuple[str, str] = ("inputs", "targets"),
     as_torch: bool = False,
     softcap: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Spec, Operands]:
     """A call with the classes where torch has them: in the second dimension, or the only one."""
-    names = ("input", "target") if as_torch else ("inputs", "targets")
     rows = classes_last(names[0], inputs)
     probabilities, labels = split_targets(targets, inputs, names)
     ignored = options.get("ignore_index", IGNORED)

@@ -21,6 +21,8 @@ from ..functional.checks import (
     one_reduction,
 )
 from ..functional.elementwise import Options
+from ..functional.linear import call_of_labels
+from ..ops.linear import Call
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
 from .shown import shown
@@ -85,6 +87,27 @@ class ElementwiseLoss(nn.Module):
 
     _shown: tuple[str, ...] = ()
 
+    # Of a loss of one logit and one label: what a linear layer takes it in with.
+    formula: str | None = None
+
+    def _params(self) -> tuple[float, ...]:
+        return ()
+
+    def linear_call(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | SparseLabels,
+        linear_bias: Tensor | None,
+        chunk_size: int | None,
+        **of_call: Any,
+    ) -> Call:
+        """The call of this loss on a linear layer's logits, checked, that `MultiLabelHead` makes."""
+        assert self.formula is not None
+        options, alpha = self._options(of_call), getattr(self, "alpha", None)
+        layer = input, linear_weight, target, linear_bias
+        return call_of_labels(self.formula, self._params(), *layer, self.reduction, chunk_size, options, alpha=alpha)
+
 
 class SigmoidFocalLoss(ElementwiseLoss):
     r"""Focal loss for multi-label classification; :func:`bertloss_fast.sigmoid_focal_loss` has the formula.
@@ -112,6 +135,7 @@ class SigmoidFocalLoss(ElementwiseLoss):
     """
 
     alpha: float | Tensor | None
+    formula = "focal"
     _shown = ("alpha", "gamma")
 
     def __init__(
@@ -124,6 +148,9 @@ class SigmoidFocalLoss(ElementwiseLoss):
             self.register_buffer("alpha", alpha)
         else:
             self.alpha = alpha if alpha is None else check_alpha(alpha)
+
+    def _params(self) -> tuple[float, ...]:
+        return (self.gamma,)
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
         return F.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction, **self._options(options))
@@ -155,6 +182,8 @@ class BCEWithLogitsLoss(ElementwiseLoss):
         >>> criterion = BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]))
         >>> loss = criterion(torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, dtype=torch.bool))
     """
+
+    formula = "bce"
 
     def __init__(
         self,
@@ -202,6 +231,7 @@ class AsymmetricLossMultiLabel(ElementwiseLoss):
         >>> loss = criterion(torch.zeros(4, 5, requires_grad=True), torch.zeros(4, 5, dtype=torch.bool))
     """
 
+    formula = "asymmetric"
     _shown = ("gamma_neg", "gamma_pos", "clip", "detach_focal_weight")
 
     def __init__(
@@ -225,6 +255,9 @@ class AsymmetricLossMultiLabel(ElementwiseLoss):
         self.gamma_pos = check_number("gamma_pos", gamma_pos, 0)
         self.clip = check_fraction("clip", clip or 0.0)
         self.detach_focal_weight = detach_focal_weight or disable_torch_grad_focal_loss
+
+    def _params(self) -> tuple[float, ...]:
+        return self.gamma_neg, self.gamma_pos, self.clip, self.detach_focal_weight
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
         return F.asymmetric_loss(
@@ -267,6 +300,7 @@ class PolyBinaryCrossEntropy(ElementwiseLoss):
     """
 
     alpha: float | Tensor | None
+    formula = "poly"
     _shown = ("epsilon", "gamma", "alpha")
 
     def __init__(
@@ -286,6 +320,9 @@ class PolyBinaryCrossEntropy(ElementwiseLoss):
             self.register_buffer("alpha", alpha)
         else:
             self.alpha = alpha if alpha is None else check_alpha(alpha)
+
+    def _params(self) -> tuple[float, ...]:
+        return self.gamma, self.epsilon
 
     def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, **options: Any) -> Tensor:
         return F.poly_focal_loss(

@@ -7,6 +7,7 @@ where there is none, an operator gives an empty tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -16,8 +17,8 @@ from .families import Family, Gradients, Saved, Wanted
 
 
 class Operators(NamedTuple):
-    loss: Any  # (operands, spec) -> loss, saved
-    backward: Any  # (upstream, saved, backend, wanted, operands, spec) -> gradients of inputs and of targets
+    loss: Any  # (backend, operands, spec) -> loss, saved
+    backward: Any  # (upstream, saved, backend, wanted, operands, spec) -> gradients of the sources
 
 
 OPERATORS: dict[str, Operators] = {}
@@ -41,9 +42,9 @@ def register(family: Family) -> Family:
     return family
 
 
-def compiled_loss(family: Family, spec: Any, operands: Any) -> Tensor:
-    """The loss by the kernels, as one operator."""
-    loss: Tensor = OPERATORS[family.name].loss(*operands, *_with_floats(spec))[0]
+def compiled_loss(family: Family, spec: Any, operands: Any, backend: str) -> Tensor:
+    """The loss as one operator."""
+    loss: Tensor = OPERATORS[family.name].loss(backend, *operands, *_with_floats(spec))[0]
     return loss
 
 
@@ -53,8 +54,9 @@ def compiled_gradients(
     """The gradients as one operator, where compiled autograd traces the backward of an eager forward."""
     tensors = (getattr(saved, name) for name in _SAVED)
     backward = OPERATORS[family.name].backward
-    grads = backward(upstream, *tensors, backend, *wanted, *operands, *_with_floats(spec))
-    return _only(wanted, grads)
+    wanted_of = wanted[: len(family.sources)]
+    grads = backward(upstream, *tensors, backend, *wanted_of, *operands, *_with_floats(spec))
+    return Gradients(*_only(wanted_of, grads))
 
 
 def _with_floats(spec: Any) -> Any:
@@ -62,8 +64,8 @@ def _with_floats(spec: Any) -> Any:
     return spec._replace(params=tuple(map(float, spec.params)))
 
 
-def _only(wanted: Wanted, grads: tuple[Tensor, Tensor]) -> Gradients:
-    return grads[0] if wanted.inputs else None, grads[1] if wanted.targets else None
+def _only(wanted: Iterable[bool], grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if is_wanted else None for is_wanted, grad in zip(wanted, grads, strict=True))
 
 
 class _Maker:
@@ -71,6 +73,7 @@ class _Maker:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.num_sources = len(family.sources)
         self.num_operands = len(family.operands._fields)  # type: ignore[attr-defined]
         self.num_arguments = self.num_operands + len(family.spec._fields)  # type: ignore[attr-defined]
 
@@ -79,16 +82,20 @@ class _Maker:
         arguments = ["Tensor inputs", *(f"Tensor? {name}" for name in operands._fields[1:])]  # type: ignore[attr-defined]
         arguments += [f"{_SCHEMA_OF[kind]} spec_{name}" for name, kind in get_type_hints(spec).items()]
         saved = [f"Tensor? saved_{name}" for name in _SAVED]
-        of_backward = ["Tensor upstream", *saved, "str backend", "bool of_inputs", "bool of_targets", *arguments]
+        of_sources = [f"bool of_{name}" for name in self.family.sources]
+        of_backward = ["Tensor upstream", *saved, "str backend", *of_sources, *arguments]
         name = f"bertloss_fast::{self.family.name}"
         self.loss = torch.library.custom_op(
-            name, self.run, mutates_args=(), schema=f"({', '.join(arguments)}) -> (Tensor, Tensor, Tensor, Tensor)"
+            name,
+            self.run,
+            mutates_args=(),
+            schema=f"(str backend, {', '.join(arguments)}) -> (Tensor, Tensor, Tensor, Tensor)",
         )
         self.backward = torch.library.custom_op(
             f"{name}_backward",
             self.run_backward,
             mutates_args=(),
-            schema=f"({', '.join(of_backward)}) -> (Tensor, Tensor)",
+            schema=f"({', '.join(of_backward)}) -> ({', '.join(['Tensor'] * self.num_sources)})",
         )
         self.loss.register_fake(self.fake)
         self.backward.register_fake(self.fake_backward)
@@ -99,41 +106,50 @@ class _Maker:
         spec = self.family.spec(*arguments[self.num_operands :])
         return self.family.operands(*arguments[: self.num_operands]), spec._replace(params=tuple(spec.params))
 
-    def run(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def run(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         operands, spec = self.unpack(arguments)
         shapes = self.family.saved_shapes(spec, operands)
-        loss, saved = self.family.forward("triton", spec, operands, None, Wanted())
+        loss, saved = self.family.forward(backend, spec, operands, None, Wanted())
         empty = loss.new_empty(0, dtype=spec.compute_dtype)
         tensors = (getattr(saved, name) for name in _SAVED)
         return loss, *(empty.clone() if shape is None else t for shape, t in zip(shapes, tensors, strict=True))
 
-    def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def fake(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         operands, spec = self.unpack(arguments)
         loss = operands.inputs.new_empty(self.family.loss_shape(spec, operands), dtype=spec.loss_dtype)
         shapes = self.family.saved_shapes(spec, operands)
         return loss, *(loss.new_empty((0,) if shape is None else shape, dtype=spec.compute_dtype) for shape in shapes)
 
-    def run_backward(self, upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        saved, (backend, of_inputs, of_targets), arguments = arguments[:3], arguments[3:6], arguments[6:]
+    def run_backward(self, upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        of_lines, backend, wanted, arguments = self.split(arguments)
         operands, spec = self.unpack(arguments)
-        wanted = Wanted(of_inputs, of_targets)
-        of_lines = Saved(denominator=saved[0], row_slopes=saved[1], col_slopes=saved[2])
-        grads = self.family.backward(backend, spec, operands, of_lines, upstream.resolve_neg(), None, wanted)
-        none = [operands.inputs.new_empty(0) for _ in grads]
-        return tuple(n if grad is None else grad for grad, n in zip(grads, none, strict=True))  # type: ignore[return-value]
+        saved = Saved(denominator=of_lines[0], row_slopes=of_lines[1], col_slopes=of_lines[2])
+        grads = self.family.backward(backend, spec, operands, saved, upstream.resolve_neg(), None, Wanted(*wanted))
+        return tuple(operands.inputs.new_empty(0) if grad is None else grad for grad in grads[: self.num_sources])
 
-    def fake_backward(self, upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        inputs, targets = arguments[6:8]
-        of_inputs = inputs.new_empty(inputs.shape if arguments[4] else (0,))
-        return of_inputs, targets.new_empty(targets.shape) if arguments[5] else inputs.new_empty(0)
+    def fake_backward(self, upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        _, _, wanted, arguments = self.split(arguments)
+        sources = arguments[: self.num_sources]
+        return tuple(
+            source.new_empty(source.shape) if is_wanted else sources[0].new_empty(0)
+            for source, is_wanted in zip(sources, wanted, strict=True)
+        )
+
+    def split(self, arguments: tuple[Any, ...]) -> tuple[Any, str, tuple[bool, ...], tuple[Any, ...]]:
+        """Backward's arguments: what was saved, the backend, what is wanted, operands and spec."""
+        num_saved = len(_SAVED)
+        first = num_saved + 1 + self.num_sources
+        return arguments[:num_saved], arguments[num_saved], arguments[num_saved + 1 : first], arguments[first:]
 
     def keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output[1:], *inputs[: self.num_operands])
-        ctx.spec = inputs[self.num_operands :]
+        backend, *arguments = inputs
+        ctx.save_for_backward(*output[1:], *arguments[: self.num_operands])
+        ctx.backend, ctx.spec = backend, arguments[self.num_operands :]
 
     def differentiate(self, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         saved = (tensor if tensor.numel() else None for tensor in tensors[: len(_SAVED)])
-        wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1] and self.family.grads_of_targets)
-        grads = self.backward(upstream, *saved, "triton", *wanted, *tensors[len(_SAVED) :], *ctx.spec)
-        return *_only(wanted, grads), *(None,) * (self.num_arguments - 2)
+        wanted = list(ctx.needs_input_grad[1 : 1 + self.num_sources])
+        wanted[1] = wanted[1] and self.family.grads_of_targets
+        grads = self.backward(upstream, *saved, ctx.backend, *wanted, *tensors[len(_SAVED) :], *ctx.spec)
+        return None, *_only(wanted, grads), *(None,) * (self.num_arguments - self.num_sources)

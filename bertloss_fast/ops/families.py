@@ -10,33 +10,41 @@ from torch import Tensor
 from .upstream import Expected
 
 
+class Wanted(NamedTuple):
+    """Which gradients a family is asked for; ``targets`` only where it says that it has them."""
+
+    inputs: bool = False
+    targets: bool = False
+    linear_weight: bool = False
+    linear_bias: bool = False
+
+
+class Gradients(NamedTuple):
+    """Those that were wanted."""
+
+    inputs: Tensor | None = None
+    targets: Tensor | None = None
+    linear_weight: Tensor | None = None
+    linear_bias: Tensor | None = None
+
+
 class Saved(NamedTuple):
     """What forward leaves for backward, beside the operands."""
 
-    grad: Tensor | None = None  # written in forward, for the upstream in the note
-    grad_targets: Tensor | None = None  # the same, where the second operand is logits too
+    grads: Gradients = Gradients()  # written in forward, for the upstream in the note
     note: Tensor | None = None  # []; None for 1
     denominator: Tensor | None = None  # where data tell it: [], or [k] of several parts of the loss
     row_slopes: Tensor | None = None  # rowwise: [4, N]
     col_slopes: Tensor | None = None  # two-way: [4, L]
 
 
-class Wanted(NamedTuple):
-    """Which gradients a family is asked for; ``targets`` only where it says that it has them."""
-
-    inputs: bool = False
-    targets: bool = False
-
-
-Gradients = tuple[Tensor | None, Tensor | None]
 Shape = tuple[int, ...]
 
 
 class Family(NamedTuple):
     """A family's code. What a call is, says its ``spec``; its tensors are the ``operands``.
 
-    Both are NamedTuples of the family's own. The first operands are ``inputs`` and ``targets``, to which gradients
-    flow."""
+    Both are NamedTuples of the family's own. The first operands are the ``sources``, to which gradients flow."""
 
     name: str
     spec: type
@@ -45,8 +53,12 @@ class Family(NamedTuple):
     plain: Callable[[Any, Any], Tensor]
     """The loss as differentiable operations."""
 
-    forward: Callable[[str, Any, Any, Expected | None, Wanted], tuple[Tensor, Saved]]
-    """The loss by a backend, and what backward needs: gradients too, if they are wanted, for the upstream expected."""
+    forward: Callable[..., tuple[Tensor, Saved]]
+    """The loss by a backend, and what backward needs: ``(backend, spec, operands, expected, wanted)``.
+
+    Gradients too, if they are wanted, for the upstream expected. A linear layer's loss hands over one thing more, a
+    contiguous tensor for the gradient of the inputs, which may be the inputs themselves.
+    """
 
     backward: Callable[[str, Any, Any, Saved, Tensor, Expected | None, Wanted], Gradients]
     """The gradients wanted; those in ``Saved`` may become them. What came is left in the place of what was expected."""
@@ -58,3 +70,8 @@ class Family(NamedTuple):
 
     grads_of_targets: bool = False
     """Whether forward and backward have the gradient of the targets; else it comes from ``plain``."""
+
+    sources: tuple[str, ...] = ("inputs", "targets")
+
+    whole: bool = False
+    """Whether a compiler keeps its eager code whole too, since plain operations would take memory that it saves."""

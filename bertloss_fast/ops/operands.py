@@ -62,19 +62,21 @@ def parts(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
     """The blocks of a call, and the operands' parts that they cut out."""
     operands = as_matrices(operands)
     for block in blocks(operands.inputs):
-        yield block, _part(operands, *block)
+        part = cut_matrices(operands, *block)
+        if operands.crow is not None and operands.col is not None:
+            part = part._replace(targets=dense_block(operands.crow, operands.col, *block), crow=None, col=None)
+        yield block, part
 
 
-def _part(operands: Operands, rows: slice, labels: slice) -> Operands:
+def cut_matrices(operands: Operands, rows: slice, labels: slice) -> Operands:
+    """Some rows and labels of operands that are matrices; labels in CSR stay whole."""
+
     def cut(tensor: Tensor | None, *places: slice) -> Tensor | None:
         return None if tensor is None else tensor[places]
 
-    targets = cut(operands.targets, rows, labels)
-    if operands.crow is not None and operands.col is not None:
-        targets = dense_block(operands.crow, operands.col, rows, labels)
-    return Operands(
-        operands.inputs[rows, labels],
-        targets,
+    return operands._replace(
+        inputs=operands.inputs[rows, labels],
+        targets=cut(operands.targets, rows, labels),
         alpha=cut(operands.alpha, labels),
         weight=cut(operands.weight, rows, labels),
         pos_weight=cut(operands.pos_weight, labels),
@@ -82,5 +84,4 @@ def _part(operands: Operands, rows: slice, labels: slice) -> Operands:
         mask=cut(operands.mask, rows, labels),
         by_label=cut(operands.by_label, slice(None), labels),
         by_row=cut(operands.by_row, rows),
-        table=operands.table,
     )

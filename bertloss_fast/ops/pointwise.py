@@ -35,7 +35,7 @@ def pointwise_loss(spec: Spec, operands: Operands, backend: str, memory: Upstrea
     learned = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     if backend == "eager" or learned:
         return reference.loss(spec, operands)
-    return compute_loss(_FAMILY, spec, operands, backend, memory)
+    return compute_loss(FAMILY, spec, operands, backend, memory)
 
 
 def _forward(
@@ -46,13 +46,13 @@ def _forward(
     count = _denominator(spec, operands)
     reduced = spec.reduction != "none"
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
-    grads = _room(inputs) if wanted.inputs else None, _room(targets) if wanted.targets else None
+    grads = Grads(_room(inputs) if wanted.inputs else None, _room(targets) if wanted.targets else None)
     upstream, note = expected_upstream(expected, grads[0] if wanted.inputs else grads[1])
     partials = inputs.new_empty(num_programs(inputs), dtype=spec.compute_dtype) if reduced else None
     _launch(spec, operands, count, upstream, None, loss if partials is None else partials, grads)
     if partials is not None:
         sum_launcher(partials, loss, denominator=count)
-    return loss, Saved(*grads, note=note, denominator=count if isinstance(count, Tensor) else None)
+    return loss, Saved(grads, note=note, denominator=count if isinstance(count, Tensor) else None)
 
 
 def _backward(
@@ -67,10 +67,10 @@ def _backward(
     """The gradients; a launch that returns at once where they are written and what came was expected."""
     inputs, targets = operands[:2]
     count = _denominator(spec, operands) if saved.denominator is None else saved.denominator
-    written = all(grad is not None for grad, is_wanted in zip(saved[:2], wanted, strict=True) if is_wanted)
-    grads = (
-        _room(inputs, saved.grad) if wanted.inputs else None,
-        _room(targets, saved.grad_targets) if wanted.targets else None,
+    written = all(grad is not None for grad, is_wanted in zip(saved.grads, wanted, strict=True) if is_wanted)
+    grads = Grads(
+        _room(inputs, saved.grads.inputs) if wanted.inputs else None,
+        _room(targets, saved.grads.targets) if wanted.targets else None,
     )
     if any(upstream.stride()):
         _launch(spec, operands, count, Upstream(), upstream, None, grads)
@@ -92,7 +92,7 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     return () if reference.is_counted(spec, operands) else None, None, None
 
 
-_FAMILY = register(
+FAMILY = register(
     Family(
         "pointwise",
         Spec,
@@ -141,7 +141,7 @@ def _launch(
         count,
         upstream,
         loss,
-        Gradients(*grads),
+        Gradients(grads.inputs, grads.targets),
         reduced=spec.reduction != "none",
         written=written,
     )

@@ -28,7 +28,7 @@ if dispatch.TRITON_ERROR is None:
 
 def rowwise_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None) -> Tensor:
     """A loss of the family, on valid arguments."""
-    return compute_loss(_FAMILY, spec, operands, backend, memory)
+    return compute_loss(FAMILY, spec, operands, backend, memory)
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
@@ -72,7 +72,7 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     )
 
 
-_FAMILY = register(Family("rowwise", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
+FAMILY = register(Family("rowwise", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
 
 
 def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
@@ -109,7 +109,7 @@ def _eager_zlpr(spec: Spec, operands: Operands, expected: Expected | None, with_
     note = None if expected is None else expected.value
     losses = _eager_zlpr_rows(spec, operands, scale, scale if note is None else scale * note, grad)
     loss = losses.reshape(inputs.shape[:-1]) if spec.reduction == "none" else losses.sum()
-    return loss.to(spec.loss_dtype), Saved(grad, note=note, denominator=counted)
+    return loss.to(spec.loss_dtype), Saved(Gradients(grad), note=note, denominator=counted)
 
 
 def _eager_zlpr_rows(spec: Spec, operands: Operands, scale: Tensor, grad_scale: Tensor, grad: Tensor | None) -> Tensor:
@@ -137,10 +137,10 @@ def _eager_zlpr_backward(
     spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
 ) -> Tensor:
     number = number_that_came(upstream, expected)
-    if saved.grad is not None and number == (1 if saved.note is None else saved.note.item()):
-        return saved.grad
+    if saved.grads.inputs is not None and number == (1 if saved.note is None else saved.note.item()):
+        return saved.grads.inputs
     denominator = reference.known_denominator(spec, operands) if saved.denominator is None else saved.denominator
-    grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grad is None else saved.grad
+    grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grads.inputs is None else saved.grads.inputs
     scale = _row_scale(spec, operands, denominator)
     upstream = upstream.to(spec.compute_dtype).expand(operands.inputs.shape[:-1]).reshape(-1, 1)
     _eager_zlpr_rows(spec, operands, scale, scale * upstream, grad)

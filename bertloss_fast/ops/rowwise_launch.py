@@ -11,7 +11,7 @@ from ..kernels import combine, parts, rowwise
 from ..kernels.upstream import Upstream
 from ..reference.rowwise import known_denominator
 from ..reference.sigmoid import Operands, Spec
-from .families import Saved
+from .families import Gradients, Saved
 from .launch import expected_upstream, matrices, upstream_of
 from .operands import as_matrices
 from .upstream import Expected
@@ -29,7 +29,7 @@ def triton_forward(spec: Spec, operands: Operands, expected: Expected | None, wi
     empty = partial(inputs.new_empty, dtype=spec.compute_dtype)
     operands = as_matrices(operands)
     shape = operands.inputs.shape
-    saved = Saved(grad, note=note, denominator=empty(2 if two_way else 1) if denominator is None else None)
+    saved = Saved(Gradients(grad), note=note, denominator=empty(2 if two_way else 1) if denominator is None else None)
     if not two_way and rowwise.fits(shape[1], spec.compute_dtype):
         row_programs = programs = rowwise.num_programs(shape)
     else:
@@ -52,14 +52,14 @@ def triton_backward(
     spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
 ) -> Tensor:
     """The gradient; a launch that returns at once where it is written and what came was expected."""
-    grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grad is None else saved.grad
+    grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grads.inputs is None else saved.grads.inputs
     factors: tuple[Tensor, ...] = ()
     scalar = Upstream()
     if any(upstream.stride()):
         factors = (upstream.reshape(-1).contiguous(),)
     else:
         scalar = upstream_of(upstream, saved, expected)
-    written = saved.grad is not None
+    written = saved.grads.inputs is not None
     operands = as_matrices(operands)
     if saved.row_slopes is not None:
         _launch_gradient(spec, operands, saved, factors, scalar, grad, written=written)

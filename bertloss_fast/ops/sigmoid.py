@@ -39,7 +39,7 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
     if spec.formula in _SHORT and backend == "eager" and inputs.device.type == "cpu" and inputs.numel() <= _SMALL:
         operands = with_dense_targets(operands)
         return reference.loss(spec, operands, soft=_is_soft(spec, cast(Tensor, operands.targets)))
-    return compute_loss(_FAMILY, spec, operands, backend, memory)
+    return compute_loss(FAMILY, spec, operands, backend, memory)
 
 
 def _is_soft(spec: Spec, targets: Tensor) -> bool:
@@ -55,12 +55,17 @@ def _plain(spec: Spec, operands: Operands) -> Tensor:
 
 
 def _forward(
-    backend: str, spec: Spec, operands: Operands, expected: Expected | None, wanted: Wanted
+    backend: str,
+    spec: Spec,
+    operands: Operands,
+    expected: Expected | None,
+    wanted: Wanted,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     count = denominator(spec, operands, backend)
     forward = _triton_forward if backend == "triton" else _eager_forward
-    loss, grad, note = forward(spec, operands, count, expected, wanted.inputs)
-    return loss, Saved(grad, note=note, denominator=count if isinstance(count, Tensor) else None)
+    loss, grad, note = forward(spec, operands, count, expected, wanted.inputs, room)
+    return loss, Saved(Gradients(grad), note=note, denominator=count if isinstance(count, Tensor) else None)
 
 
 def _backward(
@@ -74,7 +79,7 @@ def _backward(
 ) -> Gradients:
     count = denominator(spec, operands, backend) if saved.denominator is None else saved.denominator
     backward = _triton_backward if backend == "triton" else _eager_backward
-    return backward(spec, operands, saved, count, upstream, expected), None
+    return Gradients(backward(spec, operands, saved, count, upstream, expected))
 
 
 def _loss_shape(spec: Spec, operands: Operands) -> Shape:
@@ -85,17 +90,22 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     return () if is_counted(spec, operands) else None, None, None
 
 
-_FAMILY = register(Family("sigmoid", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
+FAMILY = register(Family("sigmoid", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
 
 
 def _triton_forward(
-    spec: Spec, operands: Operands, count: int | Tensor, expected: Expected | None, with_grad: bool
+    spec: Spec,
+    operands: Operands,
+    count: int | Tensor,
+    expected: Expected | None,
+    with_grad: bool,
+    room: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One launch for the loss and its gradient, and one that adds up the partial sums of a reduced loss."""
     inputs = operands.inputs
     reduced = spec.reduction != "none"
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
-    grad = inputs.new_empty(inputs.shape) if with_grad else None
+    grad = _room(inputs, room) if with_grad else None
     upstream, note = expected_upstream(expected, grad)
     programs = num_programs(inputs, sparse=operands.targets is None)
     partials = inputs.new_empty(programs, dtype=spec.compute_dtype) if reduced else None
@@ -110,12 +120,12 @@ def _triton_backward(
 ) -> Tensor:
     """The gradient; a launch that returns at once where it is written and what came was expected."""
     inputs = operands.inputs
-    grad = inputs.new_empty(inputs.shape) if saved.grad is None else saved.grad
+    grad = _room(inputs, saved.grads.inputs)
     if any(upstream.stride()):
         _launch(spec, operands, count, Upstream(), upstream, None, grad)
     else:
         scalar = upstream_of(upstream, saved, expected)
-        _launch(spec, operands, count, scalar, None, None, grad, written=saved.grad is not None)
+        _launch(spec, operands, count, scalar, None, None, grad, written=saved.grads.inputs is not None)
     return grad
 
 
@@ -157,6 +167,11 @@ def _launch(
     )
 
 
+def _room(inputs: Tensor, room: Tensor | None) -> Tensor:
+    """For the gradient."""
+    return inputs.new_empty(inputs.shape) if room is None else room
+
+
 def _inverse(count: int | Tensor) -> float | Tensor:
     """1 over the denominator, as a number where a look is free: it then goes into the class weights."""
     number = count.item() if isinstance(count, Tensor) and count.device.type == "cpu" else count
@@ -164,7 +179,12 @@ def _inverse(count: int | Tensor) -> float | Tensor:
 
 
 def _eager_forward(
-    spec: Spec, operands: Operands, count: int | Tensor, expected: Expected | None, with_grad: bool
+    spec: Spec,
+    operands: Operands,
+    count: int | Tensor,
+    expected: Expected | None,
+    with_grad: bool,
+    room: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The closed forms of ``reference``, on the CPU block by block."""
     inputs = operands.inputs
@@ -173,10 +193,10 @@ def _eager_forward(
     note = None if expected is None else expected.value  # once: another thread may put another in its place
     upstream = None if note is None else note.item()
     if inputs.numel() <= block_size(inputs):
-        values, slopes = _eager_block(spec, operands, scale, upstream, with_grad)
+        values, slopes = _eager_block(spec, operands, scale, upstream, with_grad, out=room)
         loss = values.sum() if reduced else values
         return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype), note
-    grad = inputs.new_empty(inputs.shape) if with_grad else None
+    grad = _room(inputs, room) if with_grad else None
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
     sums = []
     shape = rows_and_labels(inputs)
@@ -195,15 +215,15 @@ def _eager_backward(
 ) -> Tensor:
     inputs = operands.inputs
     number = number_that_came(upstream, expected)
-    if saved.grad is not None and number == (1 if saved.note is None else saved.note.item()):
-        return saved.grad
+    if saved.grads.inputs is not None and number == (1 if saved.note is None else saved.note.item()):
+        return saved.grads.inputs
     scale: float | Tensor = _inverse(count)
     if number is None:
         scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale
     if inputs.numel() <= block_size(inputs):
         return as_dtype(cast(Tensor, _eager_block(spec, operands, scale, number, True)[1]), inputs.dtype)
     shape = rows_and_labels(inputs)
-    grad = inputs.new_empty(inputs.shape) if saved.grad is None else saved.grad
+    grad = _room(inputs, saved.grads.inputs)
     scales = scale.reshape(shape) if isinstance(scale, Tensor) else None
     for block, part in parts(operands):
         # What is written is not what autograd saved for a second use: its version stays.

@@ -38,7 +38,7 @@ def softmax_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
         # The probability 0 of a logit of -inf makes it NaN in torch.
         if operands.targets is None or not loss.isnan().any():
             return loss
-    return compute_loss(_SYMMETRIC_PAIRS if spec.formula in _SYMMETRIC else _SOFTMAX, spec, operands, backend, memory)
+    return compute_loss(_SYMMETRIC_PAIRS if spec.formula in _SYMMETRIC else FAMILY, spec, operands, backend, memory)
 
 
 def _is_torch_s(spec: Spec, operands: Operands) -> bool:
@@ -91,7 +91,7 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     return (2,) if reference.is_counted(spec, operands) else None, None, None
 
 
-def _as_rows(operands: Operands) -> Operands:
+def as_rows(operands: Operands) -> Operands:
     """Every operand as [N, C], [N] or [C], by views wherever strides allow them."""
     num_classes = operands.inputs.shape[-1]
 
@@ -112,14 +112,19 @@ def _as_rows(operands: Operands) -> Operands:
 
 
 def _forward(
-    backend: str, spec: Spec, operands: Operands, expected: Expected | None, wanted: Wanted
+    backend: str,
+    spec: Spec,
+    operands: Operands,
+    expected: Expected | None,
+    wanted: Wanted,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     num_rows_of = operands.inputs.shape[:-1]
-    grads = _new_gradients(operands, wanted)
-    rows, flat = _as_rows(operands), _flat(grads)
+    grads = _new_gradients(operands, wanted) if room is None else Gradients(room)
+    rows, flat = as_rows(operands), _flat(grads)
     counted, divided = _denominators(spec, rows, backend)
     if backend == "triton":
-        upstream, note = expected_upstream(expected, grads[0] if grads[1] is None else grads[1])
+        upstream, note = expected_upstream(expected, grads.inputs if grads.targets is None else grads.targets)
         reduced = spec.reduction != "none"
         loss = operands.inputs.new_empty(() if reduced else num_rows_of, dtype=spec.loss_dtype)
         partials = new_partials(spec, rows) if reduced else None
@@ -131,7 +136,7 @@ def _forward(
         losses = _eager(spec, rows, divided, note, flat)
         loss = losses.reshape(num_rows_of) if spec.reduction == "none" else losses.sum()
         loss = loss.to(spec.loss_dtype)
-    return loss, Saved(*grads, note=note, denominator=counted)
+    return loss, Saved(grads, note=note, denominator=counted)
 
 
 def _backward(
@@ -143,13 +148,13 @@ def _backward(
     expected: Expected | None,
     wanted: Wanted,
 ) -> Gradients:
-    written = saved.grad is not None or saved.grad_targets is not None
+    written = any(grad is not None for grad in saved.grads)
     if backend == "eager":
         number = number_that_came(upstream, expected)
         if written and number == (1 if saved.note is None else saved.note.item()):
-            return saved.grad, saved.grad_targets
-    grads = (saved.grad, saved.grad_targets) if written else _new_gradients(operands, wanted)
-    rows, flat = _as_rows(operands), _flat(grads)
+            return saved.grads
+    grads = saved.grads if written else _new_gradients(operands, wanted)
+    rows, flat = as_rows(operands), _flat(grads)
     if saved.denominator is None:
         divided = _denominators(spec, rows, backend)[1]
     else:
@@ -167,15 +172,14 @@ def _backward(
 
 def _new_gradients(operands: Operands, wanted: Wanted) -> Gradients:
     targets = operands.targets
-    return (
+    return Gradients(
         operands.inputs.new_empty(operands.inputs.shape) if wanted.inputs else None,
         targets.new_empty(targets.shape) if wanted.targets and targets is not None else None,
     )
 
 
 def _flat(grads: Gradients) -> Gradients:
-    of_inputs, of_targets = (None if grad is None else grad.view(-1, grad.shape[-1]) for grad in grads)
-    return of_inputs, of_targets
+    return Gradients(*(None if grad is None else grad.view(-1, grad.shape[-1]) for grad in grads))
 
 
 def _denominators(spec: Spec, operands: Operands, backend: str) -> tuple[Tensor | None, Denominators]:
@@ -200,7 +204,7 @@ def _eager(spec: Spec, operands: Operands, divided: Denominators, upstream: Tens
     block = _label_block if of_labels else _block
     for rows, part in _parts(operands, _ROUNDS if of_labels else 1):
         each = None if upstream is None else upstream.expand(len(losses))[rows].contiguous()
-        losses[rows], found = block(spec, part, divided, each, [grad is not None for grad in grads])
+        losses[rows], found = block(spec, part, divided, each, [grad is not None for grad in grads[:2]])
         for grad, values in zip((grad for grad in grads if grad is not None), found, strict=True):
             # What is written is not what autograd saved for a second use: its version stays.
             with _unsafe_preserve_version_counter(grad):
@@ -284,25 +288,25 @@ _ROUNDS = 8
 
 def _parts(operands: Operands, rounds: int) -> Iterator[tuple[slice, Operands]]:
     """Rows in groups that stay in the cache."""
-    inputs, targets, labels, sample_weight = (
-        operands.inputs,
-        operands.targets,
-        operands.labels,
-        operands.sample_weight,
+    step = max(rounds * block_size(operands.inputs) // operands.inputs.shape[1], 1)
+    for start in range(0, len(operands.inputs), step):
+        rows = slice(start, min(start + step, len(operands.inputs)))
+        yield rows, cut_rows(operands, rows)
+
+
+def cut_rows(operands: Operands, rows: slice) -> Operands:
+    """Of operands that are rows."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows]
+
+    return operands._replace(
+        inputs=operands.inputs[rows],
+        targets=cut(operands.targets),
+        labels=cut(operands.labels),
+        sample_weight=cut(operands.sample_weight),
     )
-    step = max(rounds * block_size(inputs) // inputs.shape[1], 1)
-    for start in range(0, len(inputs), step):
-        rows = slice(start, min(start + step, len(inputs)))
-        yield (
-            rows,
-            operands._replace(
-                inputs=inputs[rows],
-                targets=None if targets is None else targets[rows],
-                labels=None if labels is None else labels[rows],
-                sample_weight=None if sample_weight is None else sample_weight[rows],
-            ),
-        )
 
 
-_SOFTMAX = register(Family("softmax", Spec, Operands, reference.loss, _forward, _backward, _loss_shape, _saved_shapes))
-_SYMMETRIC_PAIRS = register(_SOFTMAX._replace(name="symmetric", grads_of_targets=True))
+FAMILY = register(Family("softmax", Spec, Operands, reference.loss, _forward, _backward, _loss_shape, _saved_shapes))
+_SYMMETRIC_PAIRS = register(FAMILY._replace(name="symmetric", grads_of_targets=True))

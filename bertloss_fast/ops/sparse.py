@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,13 @@ def row_of_label(crow: Tensor, col: Tensor) -> Tensor:
 
 
 def dense_block(crow: Tensor, col: Tensor, rows: slice, cols: slice) -> Tensor:
-    """Rows and columns of the targets as 0 and 1, on the CPU."""
+    """Rows and columns of the targets as 0 and 1; a GPU waits."""
     crow = crow[rows.start : rows.stop + 1]
     col = col[int(crow[0]) : int(crow[-1])].long() - cols.start
     row = row_of_label(crow, col)
     width = cols.stop - cols.start
     inside = (col >= 0) & (col < width)
-    block = torch.zeros(len(crow) - 1, width, dtype=torch.uint8)
+    block = torch.zeros(len(crow) - 1, width, dtype=torch.uint8, device=col.device)
     block[row[inside], col[inside]] = 1
     return block
 
@@ -28,3 +30,20 @@ def dense(crow: Tensor, col: Tensor, shape: torch.Size) -> Tensor:
     """All targets as 0 and 1, [..., L], without a look at the indices."""
     targets = torch.zeros(len(crow) - 1, shape[-1], dtype=torch.uint8, device=col.device)
     return targets.index_put((row_of_label(crow, col), col.long()), targets.new_ones(())).reshape(shape)
+
+
+class Chunks(NamedTuple):
+    """Labels grouped by chunks of columns."""
+
+    crow: Tensor  # [chunks, N + 1]: where each row of a chunk begins and ends in col
+    col: Tensor  # [nnz], counted from the first label of the chunk
+
+
+def by_chunk(crow: Tensor, col: Tensor, num_labels: int, step: int) -> Chunks:
+    """The labels of each chunk of ``step`` columns side by side, row after row, without a look at the indices."""
+    num_rows = len(crow) - 1
+    num_chunks = -(-num_labels // step)
+    number = torch.div(col, step, rounding_mode="floor").long()
+    key, order = (number * num_rows + row_of_label(crow, col)).sort(stable=True)
+    first = torch.searchsorted(key, torch.arange(num_chunks * num_rows + 1, device=col.device))
+    return Chunks(first.unfold(0, num_rows + 1, num_rows), (col - number * step).to(col.dtype)[order])
