@@ -11,7 +11,7 @@ from cases import logits, uniform
 from torch import Tensor, nn
 
 import bertloss_fast as bf
-from bertloss_fast import functional
+from bertloss_fast import functional, modules
 
 SHAPE = (4, 6)
 # What cannot have a default, of the losses that have such arguments.
@@ -33,7 +33,7 @@ FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__ if i
 MODULES = {
     name: value
     for name, value in vars(bf).items()
-    if isinstance(value, type) and issubclass(value, nn.Module) and name in bf.__all__
+    if isinstance(value, type) and name in bf.__all__ and value.__module__.startswith(modules.__name__)
 }
 Given = tuple[Any, ...]
 
@@ -91,9 +91,25 @@ FORMS: dict[str, dict[str, Callable[[int, torch.device], Given]]] = {
 }
 
 
+def with_weight(form: Callable[[int, torch.device], Given]) -> Callable[[int, torch.device], Given]:
+    """Behind the weight of a layer."""
+    return lambda rows, device: (logits(SHAPE[1], SHAPE[1], device=device, seed=5).detach() / 4, *form(rows, device))
+
+
+# Those of a linear layer are called with hidden states in the logits' place.
+LINEAR = {
+    "labels": {form: with_weight(given) for form, given in OF_SEVERAL.items()},
+    "classes": {form: with_weight(given) for form, given in FORMS["softmax"].items()},
+}
+
+
 def forms(loss: Any) -> dict[str, Callable[[int, torch.device], Given]]:
     """Those that a loss takes."""
-    of_family = FORMS[loss.__module__.rpartition(".")[2]]
+    family = loss.__module__.rpartition(".")[2]
+    if family == "linear":
+        takes_classes = "softmax" in loss.__name__ or loss.__name__ == "linear_cross_entropy"
+        return LINEAR["classes" if takes_classes else "labels"]
+    of_family = FORMS[family]
     call = loss.forward if isinstance(loss, type) else loss
     names = [name for name in inspect.signature(call).parameters if name != "self"]
     if of_family is not FORMS["distillation"]:

@@ -161,10 +161,10 @@ def test_features(name: str, feature: str, backend: str, form: str, device: torc
     x = logits(*SHAPE, device=device).detach()
     dense = forms(function)["dense"](SHAPE[0], device)
     given = forms(function)[form](SHAPE[0], device)
-    indices = (given[0].crow_indices, given[0].col_indices) if form == "sparse" else None
+    indices = (given[-1].crow_indices, given[-1].col_indices) if form == "sparse" else None
 
     def ours(z: Tensor) -> Tensor:
-        targets = given if indices is None else (bf.SparseLabels(*indices, SHAPE),)
+        targets = given if indices is None else (*given[:-1], bf.SparseLabels(*indices, SHAPE))
         loss: Tensor = function(z, *targets, backend=backend, **fixed)
         return loss
 
@@ -232,7 +232,7 @@ def test_a_compiled_module(name: str, backend: str, device: torch.device) -> Non
 
 OPERATORS = [
     (name, reduction, form)
-    for name in ("sigmoid_focal_loss", "zlpr_loss", "two_way_loss", "cross_entropy", "r_drop_loss", "mse_loss")
+    for name in ("sigmoid_focal_loss", "zlpr_loss", "two_way_loss", "cross_entropy", "r_drop_loss", "mse_loss", "linear_sigmoid_focal_loss", "linear_cross_entropy")
     for reduction in ("none", "mean", "mean_positive")
     for form in (*forms(FUNCTIONS[name]), "masked")
     if reduction == "mean" or (name != "two_way_loss" and (reduction == "none" or "sparse" in forms(FUNCTIONS[name])))
@@ -249,10 +249,10 @@ def test_operators_keep_torch_s_rules(
     calls: list[tuple[Any, ...]] = []
     families: list[Family] = []
 
-    def keep(family: Family, spec: Any, operands: Any) -> Tensor:
+    def keep(family: Family, spec: Any, operands: Any, backend: str) -> Tensor:
         families.append(family)
-        calls.append((*operands, *spec._replace(params=tuple(map(float, spec.params)))))
-        return operands.inputs.sum()
+        calls.append((backend, *operands, *spec._replace(params=tuple(map(float, spec.params)))))
+        return operands.inputs.new_zeros(family.loss_shape(spec, operands))
 
     with monkeypatch.context() as patch:
         patch.setattr("bertloss_fast.ops.autograd.compiled_loss", keep)
@@ -266,8 +266,10 @@ def test_operators_keep_torch_s_rules(
     loss, *saved = operators.loss(*call)
     kept = [tensor.detach() if tensor.numel() else None for tensor in saved]
     upstream = torch.ones_like(loss).detach()
-    wanted = (True, families[0].grads_of_targets)
-    torch.library.opcheck(operators.backward, (upstream, *kept, "triton", *wanted, x.detach(), *call[1:]))
+    given_sources = call[1 : 1 + len(families[0].sources)]
+    wanted = [source is not None and source.is_floating_point() for source in given_sources]
+    wanted[1] = families[0].grads_of_targets
+    torch.library.opcheck(operators.backward, (upstream, *kept, "triton", *wanted, x.detach(), *call[2:]))
 
 
 class Rows(torch.utils.data.Dataset[tuple[Tensor, list[int]]]):

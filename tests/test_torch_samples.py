@@ -24,6 +24,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "binary_cross_entropy_with_logits": bf.binary_cross_entropy_with_logits,
     "cross_entropy": bf.cross_entropy,
     "kl_div": bf.kl_div,
+    "linear_cross_entropy": bf.linear_cross_entropy,
     "mse_loss": bf.mse_loss,
 }
 MODULES: dict[str, type[nn.Module]] = {
@@ -32,7 +33,9 @@ MODULES: dict[str, type[nn.Module]] = {
     "KLDivLoss": bf.KLDivLoss,
     "MSELoss": bf.MSELoss,
 }
-OPS = {op.name.removeprefix("nn.functional."): op for op in op_db}
+OPS: dict[str, list[Any]] = {}  # of some there are several, which differ in their samples
+for op in op_db:
+    OPS.setdefault(op.name.removeprefix("nn.functional."), []).append(op)
 INFOS = {info.module_cls.__name__: info for info in module_db}
 
 
@@ -52,13 +55,21 @@ def same_numbers_every_time() -> None:
 
 
 def samples_of_a_function(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> Iterator[Sample]:
-    def summed(*args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = OPS[name].op(*args, **{**kwargs, "reduction": "sum"})
+    def theirs(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+        """Without the options of linear_cross_entropy, which say how to compute it in 16 bits."""
+        loss: Tensor = OPS[name][0].op(*args, **kwargs)
         return loss
 
+    def summed(*args: Any, **kwargs: Any) -> Tensor:
+        return theirs(*args, **{**kwargs, "reduction": "sum"})
+
     ours = functools.partial(FUNCTIONS[name], backend=backend)
-    for sample in OPS[name].sample_inputs(device, dtype, requires_grad=True):
-        yield Sample(ours, OPS[name].op, summed, (sample.input, *sample.args), sample.kwargs)
+    for op in OPS[name]:
+        for sample in op.sample_inputs(device, dtype, requires_grad=True):
+            args = (sample.input, *sample.args)
+            if name == "linear_cross_entropy" and args[1].dim() != 2:
+                continue  # torch's losses of several dimensions: ours has none
+            yield Sample(ours, theirs, summed, args, sample.kwargs)
 
 
 def samples_of_a_module(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> Iterator[Sample]:
@@ -98,7 +109,8 @@ def upstream(loss: Tensor) -> Tensor:
     return (uniform(*loss.shape, device=loss.device) + 0.5).bfloat16().to(loss.dtype)
 
 
-def check(sample: Sample) -> None:
+def check(sample: Sample, roundings: int = 1) -> None:
+    """``roundings`` of 16 bits lie between a sample's tensors and the logits."""
     exact = in_double(sample)
     ours, theirs = value_and_grads(sample, sample.ours), value_and_grads(exact, sample.theirs)
     if theirs[0].isnan().any() and not value_and_grads(exact, exact.summed)[0]:
@@ -108,6 +120,8 @@ def check(sample: Sample) -> None:
         tolerance = TOLERANCE[found.dtype]
         if found.dtype != torch.float64:
             tolerance = tolerance | {"atol": 1e-6}  # of a probability less 1, times a weight up to 9
+        if found.dtype.itemsize == 2 and roundings > 1:
+            tolerance = dict.fromkeys(("rtol", "atol"), roundings * torch.finfo(found.dtype).eps)
         torch.testing.assert_close(
             found.double(), true, **tolerance, equal_nan=True, msg=lambda text: f"{text}\n{sample}"
         )
@@ -118,8 +132,9 @@ def check(sample: Sample) -> None:
 def test_functions(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     samples = list(samples_of_a_function(name, dtype, backend, device))
     assert len(samples) > 4
-    for sample in samples:
-        check(sample)
+    # A sample of a linear layer is one of its cross-entropy, behind a product of 8 numbers.
+    for sample in samples[:: 4 if name.startswith("linear") and dtype.itemsize < 8 else 1]:
+        check(sample, 8 if name.startswith("linear") else 1)
 
 
 @pytest.mark.parametrize("name", MODULES)

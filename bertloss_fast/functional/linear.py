@@ -21,7 +21,7 @@ from .checks import (
     check_tensor,
 )
 from .elementwise import Options, prepare
-from .rows import IGNORED, ClassOptions, RowOptions, check_options
+from .rows import ClassOptions, RowOptions, check_options
 from .softmax import check_classes_alone, prepare_classes, times_alpha
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def linear_cross_entropy(
         own["ignore_index"] = ignore_index
         if isinstance(target, Tensor) and target.is_floating_point():
             raise ValueError(f"ignore_index: expected None with class probabilities, got {ignore_index}")
-    of_loss = {
+    of_loss: dict[str, Any] = {
         "softcap": 0.0 if logit_softcap is None else check_positive("logit_softcap", logit_softcap),
         "z_loss": check_number("z_loss", z_loss, 0),
         "as_torch": True,
@@ -425,8 +425,8 @@ def as_layer(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk_size: int | None = None
 ) -> tuple[Layer, Tensor]:
     """A layer, checked, and a tensor of the logits' shape and dtype that takes no memory."""
-    check_inputs("input", input)
-    check_inputs("linear_weight", linear_weight)
+    _check_local("input", input)
+    _check_local("linear_weight", linear_weight)
     if not input.dim():
         raise ValueError("input: expected shape (..., D), got ()")
     if linear_weight.dim() != 2:
@@ -442,7 +442,7 @@ def as_layer(
     dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
     tensors = {"linear_weight": linear_weight}
     if linear_bias is not None:
-        check_inputs("linear_bias", linear_bias)
+        _check_local("linear_bias", linear_bias)
         if linear_bias.shape != (num_labels,):
             raise ValueError(
                 f"linear_bias: expected shape ({num_labels},), one value a row of linear_weight, "
@@ -458,3 +458,12 @@ def as_layer(
         raise ValueError(f"chunk_size: expected an integer > 0 or None, got {chunk_size}")
     logits = input.detach().new_empty((), dtype=dtype).expand(*input.shape[:-1], num_labels)
     return Layer(input, linear_weight, linear_bias, dtype, chunk_size or 0), logits
+
+
+def _check_local(name: str, tensor: Tensor) -> None:
+    """Logits, features or weights that this process has as a whole."""
+    if type(tensor).__name__ == "DTensor":  # the class takes half a second to import
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; bertloss_fast.distributed.shard_head splits a head"
+        )
+    check_inputs(name, tensor)

@@ -69,7 +69,7 @@ class _Loss(torch.autograd.Function):
         if any(wanted):
             # A gradient is handed out once: who got it may write to it, and a second backward needs memory of its own.
             if ctx.handed_out:
-                saved = saved._replace(grads=Gradients(), note=None)
+                saved = saved._replace(grads=Gradients())
             ctx.handed_out = True
             found = family.backward(backend, spec, operands, saved, upstream.resolve_neg(), ctx.expected, wanted)
             # With a version of its own: autograd would take a write to it for one to what it saved.

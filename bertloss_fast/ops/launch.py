@@ -34,4 +34,5 @@ def expected_upstream(expected: Expected | None, grad: Tensor | None) -> tuple[U
 def upstream_of(upstream: Tensor, saved: Saved, expected: Expected | None) -> Upstream:
     """The one value that came to a scalar loss, or to one that sum() or mean() then reduced."""
     memory = None if expected is None else expected.value
-    return Upstream(upstream.as_strided((), ()), saved.note, memory)
+    note = saved.note if any(grad is not None for grad in saved.grads) else None
+    return Upstream(upstream.as_strided((), ()), note, memory)

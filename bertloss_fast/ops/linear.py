@@ -76,7 +76,7 @@ class Steps(NamedTuple):
 class Walk(NamedTuple):
     """A way through a call."""
 
-    count: int | Tensor  # what the sum of the losses is divided by
+    denominator: int | Tensor  # by which the sum of the losses is divided
     in_one: bool  # whether every chunk has all rows
     chunks: Iterator[Chunk]
 
@@ -114,6 +114,8 @@ def linear_loss(call: Call) -> Tensor:
     of_layer = {field: getattr(layer, field) for field in ("inputs", "linear_weight", "linear_bias")}
     operands = family.operands(**{**call.operands._asdict(), **of_layer})
     spec = family.spec(*call.spec, logits_dtype=layer.logits_dtype, chunk=layer.chunk)
+    if not call.operands.inputs.numel():
+        return family.plain(spec, operands)
     return compute_loss(family, spec, operands, call.backend, call.memory)
 
 
@@ -132,7 +134,7 @@ def linear_step(call: Call, update: Callable[[slice, Tensor, Tensor | None], Non
         # All rows in one chunk: a label is updated once.
         layer = layer._replace(chunk=layer.chunk or _labels_at_a_time(layer, _num_rows(layer)).labels)
         way = walk(call.family, call.backend, spec, call.operands, layer, all_rows=True)
-        scale = scale_of(way.count, None, on_host=is_on_host(call.backend, layer))
+        scale = scale_of(way.denominator, None, on_host=is_on_host(call.backend, layer))
         products = Products(layer, spec, scale, Wanted(inputs=True), in_one=True)
         losses = _Losses(call.family, spec, call.operands)
         for chunk in way.chunks:
@@ -141,7 +143,7 @@ def linear_step(call: Call, update: Callable[[slice, Tensor, Tensor | None], Non
             slope = cast(Tensor, chunk.slope)
             of_bias = None if layer.linear_bias is None else slope.sum(0, dtype=spec.compute_dtype) * scale
             update(chunk.labels, matmul(slope.t(), chunk.inputs, spec.compute_dtype) * scale, of_bias)
-        return losses.reduced(way.count), cast(Tensor, products.sums_of_inputs())
+        return losses.reduced(way.denominator), cast(Tensor, products.sums_of_inputs())
 
 
 def logit_chunks(layer: Layer) -> Iterator[tuple[slice, Tensor]]:
@@ -286,7 +288,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _labels_at_a_time(layer: Layer, num_rows: int) -> Steps:
     """Of labels that stand for themselves."""
     num_labels = layer.chunk or max(_chunk_size(layer) // num_rows, _FEWEST_LABELS)
-    num_labels = min(num_labels, len(layer.linear_weight))
+    num_labels = max(min(num_labels, len(layer.linear_weight)), 1)
     return Steps(min(max(_chunk_size(layer) // num_labels, _FEWEST_ROWS), num_rows), num_labels)
 
 
@@ -390,13 +392,13 @@ def _forward_of(name: str) -> Callable[..., tuple[Tensor, Saved]]:
             note = note.clone()  # a kernel writes into the memory
         with _without_autocast(layer):
             way = walk(name, backend, own, made, layer, with_slope=any(wanted))
-            scale = scale_of(way.count, note, on_host=is_on_host(backend, layer))
+            scale = scale_of(way.denominator, note, on_host=is_on_host(backend, layer))
             products = Products(layer, own, scale, wanted, in_one=way.in_one)
             losses = _Losses(name, own, made)
             for chunk in way.chunks:
                 losses.add(chunk)
                 products.add(chunk)
-            return losses.reduced(way.count), Saved(products.gradients(), note=note)
+            return losses.reduced(way.denominator), Saved(products.gradients(), note=note)
 
     return forward
 
@@ -445,50 +447,69 @@ def _backward_of(name: str) -> Callable[..., Gradients]:
         own, made, layer = _split(name, spec, operands)
         on_host = is_on_host(backend, layer)
         written = any(grad is not None for grad in saved.grads)
-        number = number_that_came(upstream, expected) if on_host else None
-        if written and _rescale(saved, upstream, number, expected, own.compute_dtype):
-            return saved.grads
-        each, value = None, None
+        each: Tensor | None = None
         if any(upstream.stride()):
             each = upstream.reshape(-1, upstream.shape[-1]) if name == "sigmoid" else upstream.reshape(-1)
-        else:
-            value = upstream.as_strided((), ()).to(own.compute_dtype)
-            if own.reduction == "none":  # one value for all
+        came = upstream.as_strided((), ())
+        number = number_that_came(came, expected) if on_host and each is None else None
+        # What is computed once more takes the way that forward's took, and ends with the same bits.
+        from_note = own.reduction != "none" and (not on_host or _can_rescale(saved.note, cast(float, number), layer))
+        grads = saved.grads
+        if not (written and from_note):
+            scale = None if each is not None else saved.note if from_note else came.to(own.compute_dtype)
+            if each is None and own.reduction == "none":  # one value for all
                 own = own._replace(reduction="sum")
-        with _without_autocast(layer):
-            way = walk(name, backend, own, made, layer, each, with_loss=False)
-            scale = scale_of(way.count, value, on_host=on_host)
-            products = Products(layer, own, scale, wanted, in_one=way.in_one)
-            for chunk in way.chunks:
-                products.add(chunk)
-            return products.gradients()
+            grads = _gradients(name, backend, own, made, layer, each, scale, wanted)
+        if from_note:
+            _rescale(grads, saved.note, came, number, expected)
+        return grads
 
     return backward
 
 
-def _rescale(
-    saved: Saved, upstream: Tensor, number: float | None, expected: Expected | None, compute_dtype: torch.dtype
-) -> bool:
-    """Makes gradients that are written for one upstream those of another; False where that would cost digits."""
-    grads = [grad for grad in saved.grads if grad is not None]
-    if number is None:
-        memory = None if expected is None else expected.value
-        for grad in grads:
-            rescale_launcher(grad, upstream, saved.note, memory)
-        return True
-    written = _number(saved.note)
+def _gradients(
+    name: str,
+    backend: str,
+    spec: Any,
+    operands: Any,
+    layer: Layer,
+    each: Tensor | None,
+    upstream: Tensor | None,
+    wanted: Wanted,
+) -> Gradients:
+    """For an upstream, or one of ``each`` loss."""
+    with _without_autocast(layer):
+        way = walk(name, backend, spec, operands, layer, each, with_loss=False)
+        scale = scale_of(way.denominator, upstream, on_host=is_on_host(backend, layer))
+        products = Products(layer, spec, scale, wanted, in_one=way.in_one)
+        for chunk in way.chunks:
+            products.add(chunk)
+        return products.gradients()
+
+
+def _can_rescale(note: Tensor | None, number: float, layer: Layer) -> bool:
+    """Whether gradients for the upstream in the note can be made those of another and lose nothing."""
+    written = _number(note)
     if number == written:
         return True
     if not math.isfinite(written) or written == 0:
         return False
-    ratio = number / written
-    if any(grad.dtype != compute_dtype for grad in grads) and abs(math.frexp(ratio)[0]) != 0.5:
-        return False
+    in_16_bits = any(tensor is not None and tensor.element_size() == 2 for tensor in layer[:3])
+    return not in_16_bits or abs(math.frexp(number / written)[0]) == 0.5
+
+
+def _rescale(
+    grads: Gradients, note: Tensor | None, came: Tensor, number: float | None, expected: Expected | None
+) -> None:
+    """Gradients for the upstream in the note as those of the one that came."""
+    memory = None if expected is None else expected.value
     for grad in grads:
-        # What is written is not what autograd saved for a second use: its version stays.
-        with _unsafe_preserve_version_counter(grad):
-            grad.mul_(ratio)
-    return True
+        if grad is not None and number is None:
+            rescale_launcher(grad, came, note, memory)
+        elif grad is not None and number != _number(note):
+            # What is written is not what autograd saved for a second use: its version stays.
+            with _unsafe_preserve_version_counter(grad):
+                grad.mul_(cast(float, number) / _number(note))
 
 
 def _register(name: str) -> Family:
@@ -501,7 +522,8 @@ def _register(name: str) -> Family:
 
     def plain(spec: Any, operands: Any) -> Tensor:
         own, made, layer = _split(name, spec, operands)
-        return inner.plain(own, made._replace(inputs=logits(layer)))
+        loss: Tensor = inner.plain(own, made._replace(inputs=logits(layer)))
+        return loss
 
     def loss_shape(spec: Any, operands: Any) -> Shape:
         return inner.loss_shape(*_split(name, spec, operands)[:2])

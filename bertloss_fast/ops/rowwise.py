@@ -52,7 +52,7 @@ def _backward(
     wanted: Wanted,
 ) -> Gradients:
     backward = triton_backward if backend == "triton" else _EAGER_BACKWARD[spec.formula]
-    return backward(spec, operands, saved, upstream, expected), None
+    return Gradients(backward(spec, operands, saved, upstream, expected))
 
 
 def _loss_shape(spec: Spec, operands: Operands) -> Shape:
