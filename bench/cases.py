@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,10 +13,19 @@ from torch import Tensor
 
 from bertloss_fast.targets import SparseLabels
 
-SUITES = ("sigmoid", "softmax", "small", "memory")
-Targets = Tensor | SparseLabels
+SUITES = ("sigmoid", "softmax", "head", "small", "memory")
 TWIN = torch.uint8  # of SparseLabels, for peers
 MeanLoss = Callable[[Tensor, Any], Tensor]  # of logits and Targets; a peer's takes tensors only
+
+
+class OfLayer(NamedTuple):
+    """What comes after the hidden states that a linear layer is given."""
+
+    weight: Tensor  # [L, D]
+    targets: Tensor | SparseLabels
+
+
+Targets = Tensor | SparseLabels | OfLayer
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Case:
     pages: str = "kept"
     labels_per_row: int | None = None
     targets: str = "labels"  # or "classes", "teacher"
+    features: int | None = None  # of a linear layer before the loss
 
     @property
     def mean_over(self) -> int:
@@ -52,6 +63,8 @@ class Case:
     def floor_bytes(self) -> int:
         """Logits and targets read once, the gradient written once; SparseLabels and classes are a few bytes."""
         of_targets = self.target_dtype.itemsize if self.target_dtype and self.targets != "classes" else 0
+        if self.features is not None:
+            return 2 * self.shape[1] * self.features * self.dtype.itemsize  # the layer's weight and its gradient
         return self.numel * (2 * self.dtype.itemsize + of_targets)
 
     @property
@@ -67,7 +80,8 @@ class Case:
         per_row = "" if self.labels_per_row is None else f", {self.labels_per_row} labels a row"
         scaled = "" if self.upstream == 1 else f", upstream {self.upstream:.2g}"
         pages = "" if self.pages == "kept" else f", {self.pages} pages"
-        return f"{self.loss}, {rows} x {labels} {name(self.dtype)}, {targets}{per_row}{scaled}{pages}"
+        shape = f"{rows} x {labels}" if self.features is None else f"{rows} x {self.features} x {labels}"
+        return f"{self.loss}, {shape} {name(self.dtype)}, {targets}{per_row}{scaled}{pages}"
 
     def to_json(self) -> dict[str, Any]:
         target_dtype = name(self.target_dtype) if self.target_dtype else "sparse"
@@ -135,11 +149,21 @@ def start_rows(case: Case, providers: Iterable[Provider], device: torch.device) 
     for provider in providers:
         if case.loss in provider.losses:
             reason = provider.why_not(device)
+            if not provider.ours and device.type == "cpu" and _UNFUSED_TENSORS * case.logits_bytes > _memory():
+                reason = f"not run: {_UNFUSED_TENSORS} logits tensors are more than this machine's memory"
             label = provider.losses[case.loss][0]
             if case.target_dtype is None and not provider.ours:
                 label += f", dense {name(TWIN)} targets"
             rows.append(Row(case, provider.name, label, provider.ours, "skipped" if reason else "ok", reason or ""))
     return rows
+
+
+# What an unfused formula holds at its peak, about.
+_UNFUSED_TENSORS = 12
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe(error: Exception) -> str:
@@ -151,31 +175,59 @@ def describe(error: Exception) -> str:
 def make_data(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor, Targets]:
     """Logits up to about ±20, so that saturation is met, and the targets."""
     generator = torch.Generator(device).manual_seed(seed)
+    if case.features is not None:
+        return _behind_layer(case, generator)
     inputs = torch.empty(case.shape, dtype=case.dtype, device=device).normal_(0, 4, generator=generator)
-    inputs.requires_grad_()
-    if case.targets == "classes":
-        return inputs, torch.randint(case.shape[1], case.shape[:1], device=device, generator=generator)
     if case.targets == "teacher":
-        return inputs, torch.empty_like(inputs, requires_grad=False).normal_(0, 4, generator=generator)
+        targets: Tensor | SparseLabels = torch.empty_like(inputs).normal_(0, 4, generator=generator)
+    else:
+        targets = _make_targets(case, generator)
+    return inputs.requires_grad_(), targets
+
+
+def _behind_layer(case: Case, generator: torch.Generator) -> tuple[Tensor, Targets]:
+    """Hidden states and a weight that make such logits."""
+    (rows, labels), device = case.shape, generator.device
+    assert case.features is not None
+    hidden = torch.empty(rows, case.features, dtype=case.dtype, device=device).normal_(generator=generator)
+    weight = torch.empty(labels, case.features, dtype=case.dtype, device=device)
+    weight.normal_(0, 4 / case.features**0.5, generator=generator)
+    return hidden.requires_grad_(), OfLayer(weight.requires_grad_(), _make_targets(case, generator))
+
+
+def _make_targets(case: Case, generator: torch.Generator) -> Tensor | SparseLabels:
+    device = generator.device
+    if case.targets == "classes":
+        return torch.randint(case.shape[1], case.shape[:1], device=device, generator=generator)
     if case.labels_per_row is None:
         dense = torch.empty(case.shape, dtype=case.target_dtype or TWIN, device=device)
         dense.bernoulli_(0.1, generator=generator)
-        return inputs, dense if case.target_dtype else SparseLabels.from_dense(dense)
+        return dense if case.target_dtype else SparseLabels.from_dense(dense)
     (rows, num_labels), count = case.shape, case.labels_per_row
     drawn = torch.randint(num_labels - count + 1, (rows, count), device=device, generator=generator)
     distinct = drawn.sort(dim=1).values + torch.arange(count, device=device)
     labels = SparseLabels.from_padded(distinct, num_labels)
-    return inputs, labels.to_dense(case.target_dtype) if case.target_dtype else labels
+    return labels.to_dense(case.target_dtype) if case.target_dtype else labels
 
 
-def as_tensor(targets: Targets) -> Tensor:
+def as_tensor(targets: Targets) -> Tensor | OfLayer:
     """What a peer is given."""
+    if isinstance(targets, OfLayer):
+        dense = as_tensor(targets.targets)
+        assert isinstance(dense, Tensor)
+        return targets._replace(targets=dense)
     return targets.to_dense(TWIN) if isinstance(targets, SparseLabels) else targets
+
+
+def leaves(inputs: Tensor, targets: Targets) -> list[Tensor]:
+    """What gradients are computed of."""
+    return [inputs, targets.weight] if isinstance(targets, OfLayer) else [inputs]
 
 
 def step(case: Case, loss: MeanLoss, inputs: Tensor, targets: Targets) -> Tensor:
     """One forward and backward pass."""
-    inputs.grad = None
+    for leaf in leaves(inputs, targets):
+        leaf.grad = None
     value = loss(inputs, targets)
     value.backward(None if case.upstream == 1 else torch.full_like(value, case.upstream))
     return value.detach()

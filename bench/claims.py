@@ -12,9 +12,10 @@ from .cases import Case, Row
 
 @dataclass(frozen=True)
 class Claim:
-    """A bound on a provider's speed or time relative to a peer's; without a peer, on its memory in logits tensors.
+    """A bound on a provider's speed, time or memory relative to a peer's; without one, on memory in logits tensors.
 
-    ``at_least`` bounds how many times as fast as the peer it is, ``at_most`` how many times the peer's time it takes.
+    ``at_least`` bounds how many times as fast as the peer it is, ``at_most`` how many times the peer's time, or memory,
+    it takes.
     With ``over_gradient`` memory is what comes on top of one gradient of the logits, in MiB.
     """
 
@@ -35,6 +36,8 @@ class Claim:
         if self.peer is None:
             return None if own.peak_bytes is None else self._memory(own.peak_bytes)
         peer = found.get(self.peer)
+        if own.peak_bytes is not None and peer is not None and peer.peak_bytes is not None:
+            return own.peak_bytes / peer.peak_bytes
         if own.seconds is None or peer is None or peer.seconds is None:
             return None
         time = own.seconds.median / peer.seconds.median

@@ -6,11 +6,11 @@ from types import ModuleType
 
 import torch
 
-from . import bench_sigmoid, bench_softmax
+from . import bench_head, bench_sigmoid, bench_softmax
 from .cases import Case
 from .claims import Claim
 
-FAMILIES = (bench_sigmoid, bench_softmax)
+FAMILIES = (bench_sigmoid, bench_softmax, bench_head)
 
 
 def family_of(case: Case) -> ModuleType:

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .cases import Case, Provider, Row, as_tensor, describe, make_data, start_rows, step
+from .cases import Case, Provider, Row, Targets, as_tensor, describe, leaves, make_data, start_rows, step
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -27,12 +28,17 @@ def measure_memory(case: Case, providers: Sequence[Provider], device: torch.devi
         one_pass = partial(step, case, losses[row.provider], inputs, targets if row.ours else dense)
         try:
             one_pass()  # makes whatever lasts: compiled code, thread pools
-            inputs.grad = None
+            _forget(inputs, targets)
             row.peak_bytes = extra_peak_bytes(one_pass, device)
         except Exception as error:  # out of memory, or no /proc: the others go on
             row.status, row.note = "failed", describe(error)
-        inputs.grad = None
+        _forget(inputs, targets)
     return rows
+
+
+def _forget(inputs: Tensor, targets: Targets) -> None:
+    for leaf in leaves(inputs, targets):
+        leaf.grad = None
 
 
 def extra_peak_bytes(call: Callable[[], object], device: torch.device) -> int:

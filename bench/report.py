@@ -25,6 +25,7 @@ _MEMORY_HEADER = ("", "MiB", "in logits tensors")
 _HEADINGS = {
     "sigmoid": "Multi-label losses, forward and backward",
     "softmax": "Single-label losses, forward and backward",
+    "head": "A linear layer and its loss in one, forward and backward",
     "small": "A small batch: the host's part counts",
     "memory": "Peak memory beyond the inputs, forward and backward",
 }

@@ -69,7 +69,7 @@ def test_errors_are_relative_and_found_in_any_block_of_rows(monkeypatch, case):
     (grad,) = torch.autograd.grad(loss, x, torch.tensor(case.upstream, dtype=torch.float64))
     worst = grad.abs().max()
     grad[-1, -1] += 0.01 * worst
-    loss_error, grad_error = errors(case, bench_sigmoid.oracle, x.detach(), y, loss.detach() * 1.001, grad)
+    loss_error, grad_error = errors(case, bench_sigmoid.oracle, x, y, loss.detach() * 1.001, [grad])
     assert loss_error == pytest.approx(1e-3, rel=1e-3)
     assert grad_error == pytest.approx(1e-2, rel=1e-2)
 
