@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .functional.checks import check_device, check_fraction, check_index, check_number, check_probabilities
-from .functional.linear import as_layer
+from .functional.layer import as_layer
 from .modules import SigmoidFocalLoss
 from .modules.shown import shown
 from .modules.sigmoid import ElementwiseLoss
-from .ops.linear import Layer, linear_loss, linear_step, logit_chunks
+from .ops.chunks import Layer, logit_chunks
+from .ops.linear import linear_loss, linear_step
 from .targets import SparseLabels
 
 
@@ -44,8 +45,8 @@ class HeadSGD:
         b \\leftarrow \\mu b + (g + \\lambda w), \\quad w \\leftarrow w - \\eta b
 
     In float32 and float64 that is all. Weights in bfloat16 are updated in float32 and rounded up or down at random, in
-    proportion to what is nearer: small updates are not lost, since they arrive in the mean. The same seed gives the same
-    bits.
+    proportion to what is nearer: small updates are not lost, since they arrive in the mean. The same seed gives the
+    same bits.
 
     Args:
         lr: the learning rate, eta; an attribute that may be set at any time.
@@ -280,7 +281,7 @@ class MultiLabelHead(nn.Module):
         self, hidden: Tensor, targets: Tensor | SparseLabels, optimizer: HeadSGD, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         call = self.loss.linear_call(hidden, self.weight, targets, self.bias, self.chunk_size, **options)
-        return linear_step(call, optimizer.begin(_trained(self)))
+        return linear_step(call, optimizer.begin(trained(self)))
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> TopK:
@@ -291,23 +292,13 @@ class MultiLabelHead(nn.Module):
         """
         if not 1 <= check_index("k", k) <= self.num_labels:
             raise ValueError(f"k: expected an integer from 1 to {self.num_labels}, the number of labels, got {k}")
-        found = self._greatest(self._layer(hidden), k)
+        found = self._greatest(hidden, k)
         shape = (*hidden.shape[:-1], k)
         return TopK(found.scores.sigmoid().view(shape), found.labels.view(shape))
 
-    @staticmethod
-    def _greatest(layer: Layer, k: int) -> TopK:
-        """The greatest logits, [N, k], or all where there are not as many; of equal ones, which, is undefined."""
-        dtype = torch.promote_types(layer.logits_dtype, torch.float32)
-        rows = layer.inputs.shape[:-1].numel()
-        best = TopK(layer.inputs.new_empty(rows, 0, dtype=dtype), layer.inputs.new_empty(rows, 0, dtype=torch.long))
-        for labels, logits in logit_chunks(layer):
-            of_chunk = logits.to(dtype).topk(min(k, logits.shape[1]))
-            scores = torch.cat([best.scores, of_chunk.values], 1)
-            numbers = torch.cat([best.labels, of_chunk.indices + labels.start], 1)
-            best = TopK(*scores.topk(min(k, scores.shape[1])))
-            best = TopK(best.scores, numbers.gather(1, best.labels))
-        return best
+    def _greatest(self, hidden: Tensor, k: int) -> TopK:
+        """The greatest logits, [N, k]."""
+        return greatest(self._layer(hidden), k)
 
     @torch.no_grad()
     def predict(self, hidden: Tensor, threshold: float | Tensor = 0.5) -> Prediction:
@@ -317,7 +308,10 @@ class MultiLabelHead(nn.Module):
             hidden: ``[..., D]``; the labels are those of all rows together, ``[N, L]``.
             threshold: a number from 0 to 1, or one for each label, ``[L]``.
         """
-        return self._above(self._layer(hidden), self._thresholds(threshold))
+        row, col, scores = self._above(hidden, self._thresholds(threshold))
+        row, order = row.sort(stable=True)
+        crow = torch.searchsorted(row, torch.arange(hidden.shape[:-1].numel() + 1, device=row.device))
+        return Prediction(SparseLabels.from_csr(crow, col[order], self.num_labels), scores[order])
 
     def _thresholds(self, threshold: float | Tensor) -> Tensor:
         """A probability [1, 1] or [1, L]."""
@@ -332,20 +326,9 @@ class MultiLabelHead(nn.Module):
         check_probabilities("threshold", threshold)
         return threshold.reshape(1, -1)
 
-    @staticmethod
-    def _above(layer: Layer, threshold: Tensor) -> Prediction:
-        dtype = torch.promote_types(layer.logits_dtype, torch.float32)
-        rows, cols, scores = [], [], []
-        for labels, logits in logit_chunks(layer):
-            probabilities = logits.to(dtype).sigmoid()
-            row, col = (probabilities >= (threshold[:, labels] if threshold.numel() > 1 else threshold)).nonzero().T
-            rows.append(row)
-            cols.append(col + labels.start)
-            scores.append(probabilities[row, col])
-        row, order = torch.cat(rows).sort(stable=True)
-        shape = layer.inputs.shape[:-1].numel(), len(layer.linear_weight)
-        crow = torch.searchsorted(row, torch.arange(shape[0] + 1, device=row.device))
-        return Prediction(SparseLabels.from_csr(crow, torch.cat(cols)[order], shape[1]), torch.cat(scores)[order])
+    def _above(self, hidden: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, labels and probabilities, the labels of each row in order."""
+        return above(self._layer(hidden), threshold)
 
     def _layer(self, hidden: Tensor) -> Layer:
         return as_layer(hidden, self.weight, self.bias, self.chunk_size)[0]
@@ -353,6 +336,38 @@ class MultiLabelHead(nn.Module):
     def extra_repr(self) -> str:
         options = {"in_features": self.in_features, "num_labels": self.num_labels, "bias": self.bias is not None}
         return shown({**options, "chunk_size": self.chunk_size})
+
+
+def greatest(layer: Layer, k: int) -> TopK:
+    """The greatest logits, [N, k], or all where there are not as many."""
+    dtype = torch.promote_types(layer.logits_dtype, torch.float32)
+    rows = layer.inputs.shape[:-1].numel()
+    best = TopK(layer.inputs.new_empty(rows, 0, dtype=dtype), layer.inputs.new_empty(rows, 0, dtype=torch.long))
+    for labels, logits in logit_chunks(layer):
+        of_chunk = logits.to(dtype).topk(min(k, logits.shape[1]))
+        scores = torch.cat([best.scores, of_chunk.values], 1)
+        best = greatest_of(scores, torch.cat([best.labels, of_chunk.indices + labels.start], 1), k)
+    return best
+
+
+def greatest_of(scores: Tensor, labels: Tensor, k: int) -> TopK:
+    """The greatest of each row; of equal ones, which, is undefined."""
+    found = scores.topk(min(k, scores.shape[1]))
+    return TopK(found.values, labels.gather(1, found.indices))
+
+
+def above(layer: Layer, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, labels and probabilities of what is at least a threshold, [1, 1] or [1, L]."""
+    dtype = torch.promote_types(layer.logits_dtype, torch.float32)
+    none = layer.inputs.new_empty(0, dtype=dtype)  # a layer may have no labels
+    rows, cols, scores = [none.long()], [none.long()], [none]
+    for labels, logits in logit_chunks(layer):
+        probabilities = logits.to(dtype).sigmoid()
+        row, col = (probabilities >= (threshold[:, labels] if threshold.numel() > 1 else threshold)).nonzero().T
+        rows.append(row)
+        cols.append(col + labels.start)
+        scores.append(probabilities[row, col])
+    return torch.cat(rows), torch.cat(cols), torch.cat(scores)
 
 
 def _own(loss: ElementwiseLoss) -> ElementwiseLoss:
@@ -368,7 +383,7 @@ def _own(loss: ElementwiseLoss) -> ElementwiseLoss:
     return loss
 
 
-def _trained(head: MultiLabelHead) -> dict[str, Tensor]:
+def trained(head: MultiLabelHead) -> dict[str, Tensor]:
     """The parameters that are not frozen."""
     parameters = {name: value for name, value in head.named_parameters(recurse=False) if value.requires_grad}
     return {name: value.detach() for name, value in parameters.items()}

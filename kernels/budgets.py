@@ -182,7 +182,7 @@ ROWS = {
     "r_drop 1000": Budget(90, 3),
     "r_drop 30522": Budget(87, 5),
     "js 1000": Budget(68, 6),
-    "js 30522": Budget(116, 13),
+    "js 30522": Budget(130, 13),
     "js 1000 fp64": Budget(365, 3),
     "margin_mse 8": Budget(41, 1),
 }

@@ -172,21 +172,24 @@ def _pairs_kernel(
 
 
 # Two rows in registers, 16 logits of each a thread of four bytes; longer ones in tiles, read once more for the
-# gradient.
+# gradient; of JS, whose both gradients need more at a time, 8 a thread there.
 _LONGEST, _BYTES_A_THREAD, _TILE_OF_LONG = 8192, 64, 2048
+_MORE_THREADS = ("js",)
 # Shorter rows share a tile of one warp.
 _TILE, _MOST_ROWS = 512, 8
 
 
-def pair_config(inputs: Tensor, compute_dtype: torch.dtype) -> Config:
+def pair_config(inputs: Tensor, formula: str, compute_dtype: torch.dtype) -> Config:
     """How rows are cut."""
     num_rows, num_classes = inputs.shape
     size = compute_dtype.itemsize
     block = triton.next_power_of_2(num_classes)
+    threads = 1
     if block * size > 4 * _LONGEST:
         block = _TILE_OF_LONG * 4 // size
+        threads = 2 if formula in _MORE_THREADS else 1
     rows = max(min(_TILE // block, _MOST_ROWS, triton.next_power_of_2(num_rows)), 1)
-    return Config(rows, block, num_warps(rows * block * size // _BYTES_A_THREAD), num_classes <= MANY)
+    return Config(rows, block, num_warps(threads * rows * block * size // _BYTES_A_THREAD), num_classes <= MANY)
 
 
 def pairs_launcher(
@@ -204,7 +207,7 @@ def pairs_launcher(
 ) -> None:
     """Launch one pass; an upstream is a scalar, or ``upstreams`` [N] of the losses. What is written is contiguous."""
     inputs, targets = tensors.inputs, tensors.targets
-    cut = pair_config(inputs, compute_dtype)
+    cut = pair_config(inputs, loss_of.formula, compute_dtype)
     launch = prepare(
         loss_of, tensors, cut, inputs, targets, compute_dtype=compute_dtype, reduced=reduced, written=written
     )

@@ -232,7 +232,16 @@ def test_a_compiled_module(name: str, backend: str, device: torch.device) -> Non
 
 OPERATORS = [
     (name, reduction, form)
-    for name in ("sigmoid_focal_loss", "zlpr_loss", "two_way_loss", "cross_entropy", "r_drop_loss", "mse_loss", "linear_sigmoid_focal_loss", "linear_cross_entropy")
+    for name in (
+        "sigmoid_focal_loss",
+        "zlpr_loss",
+        "two_way_loss",
+        "cross_entropy",
+        "r_drop_loss",
+        "mse_loss",
+        "linear_sigmoid_focal_loss",
+        "linear_cross_entropy",
+    )
     for reduction in ("none", "mean", "mean_positive")
     for form in (*forms(FUNCTIONS[name]), "masked")
     if reduction == "mean" or (name != "two_way_loss" and (reduction == "none" or "sparse" in forms(FUNCTIONS[name])))

@@ -138,9 +138,7 @@ def test_predict(chunk_size: int | None, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.01)])
-def test_fused_steps_are_torch_s_sgd(
-    momentum: float, weight_decay: float, backend: str, device: torch.device
-) -> None:
+def test_fused_steps_are_torch_s_sgd(momentum: float, weight_decay: float, backend: str, device: torch.device) -> None:
     """20 of them, in float32, with the encoder's own step between; the state is saved and loaded half-way."""
     losses = []
     for fused in (True, False):
@@ -250,11 +248,19 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"linear_weight: expected shape \(L, 4\), as long as the rows of input, got \(11, 5\)",
     ),
-    "labels": (lambda: HEAD(X, Y[:, 1:]), ValueError, r"target: expected shape \(2, 11\) like the logits, got \(2, 10\)"),
+    "labels": (
+        lambda: HEAD(X, Y[:, 1:]),
+        ValueError,
+        r"target: expected shape \(2, 11\) like the logits, got \(2, 10\)",
+    ),
     "an option of the loss": (lambda: HEAD(X, Y, weight=1), TypeError, "weight: expected one of mask, normalizer"),
     "an option without targets": (lambda: HEAD(X, mask=Y), TypeError, "mask: expected targets beside it, got None"),
     "threshold": (lambda: HEAD.predict(X, 1.5), ValueError, "threshold: expected a number from 0 to 1, got 1.5"),
-    "thresholds": (lambda: HEAD.predict(X, torch.ones(3)), ValueError, r"threshold: expected a number or shape \(11,\)"),
+    "thresholds": (
+        lambda: HEAD.predict(X, torch.ones(3)),
+        ValueError,
+        r"threshold: expected a number or shape \(11,\)",
+    ),
     "loss": (
         lambda: bf.MultiLabelHead(5, 3, bf.ZlprLoss()),
         TypeError,

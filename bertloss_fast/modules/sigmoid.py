@@ -21,7 +21,7 @@ from ..functional.checks import (
     one_reduction,
 )
 from ..functional.elementwise import Options
-from ..functional.linear import call_of_labels
+from ..functional.layer import call_of_labels
 from ..ops.linear import Call
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels

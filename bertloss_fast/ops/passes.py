@@ -40,10 +40,10 @@ def is_counted(spec: Spec, operands: Operands) -> bool:
     return spec.reduction == "mean" and may_ignore
 
 
-def denominator(spec: Spec, operands: Operands, backend: str) -> int | Tensor:
+def denominator(spec: Spec, operands: Operands, backend: str, at_least: int = 1) -> int | Tensor:
     """What the sum of the losses is divided by; a number where it does not depend on data."""
     if spec.reduction == "mean_positive" and operands.targets is None and operands.normalizer is None:
-        return _num_labels(spec, cast(Tensor, operands.crow), cast(Tensor, operands.col), operands.mask)
+        return _num_labels(spec, cast(Tensor, operands.crow), cast(Tensor, operands.col), operands.mask, at_least)
     if operands.inputs.numel() == 0 or not is_counted(spec, operands):
         return reference.denominator(spec, operands)
     positives = spec.reduction == "mean_positive"
@@ -52,17 +52,17 @@ def denominator(spec: Spec, operands: Operands, backend: str) -> int | Tensor:
         partials = operands.inputs.new_empty(num_partials(operands.inputs.numel()), dtype=spec.compute_dtype)
         count_launcher(matrices(spec, operands), operands.inputs.shape, partials, positives=positives)
         count = partials.new_empty(())
-        sum_launcher(partials, count, at_least=1)
+        sum_launcher(partials, count, at_least=at_least)
         return count
     counts = [_count(spec, part, positives) for part in _blocks(operands)]
-    return torch.stack(counts).sum().clamp_min(1)
+    return torch.stack(counts).sum().clamp_min(at_least)
 
 
-def _num_labels(spec: Spec, crow: Tensor, col: Tensor, mask: Tensor | None) -> int | Tensor:
+def _num_labels(spec: Spec, crow: Tensor, col: Tensor, mask: Tensor | None, at_least: int) -> int | Tensor:
     if mask is None:
-        return max(len(col), 1)
+        return max(len(col), at_least)
     kept = mask.reshape(len(crow) - 1, -1)[row_of_label(crow, col), col.long()]
-    return kept.sum(dtype=spec.compute_dtype).clamp_min(1)
+    return kept.sum(dtype=spec.compute_dtype).clamp_min(at_least)
 
 
 def _count(spec: Spec, operands: Operands, positives: bool) -> Tensor:

@@ -34,7 +34,7 @@ def new_partials(spec: Spec, operands: Operands) -> Tensor:
     """For the sums of the programs."""
     inputs = operands.inputs
     if _is_pair(spec):
-        cut = pairs.pair_config(inputs, spec.compute_dtype)
+        cut = pairs.pair_config(inputs, spec.formula, spec.compute_dtype)
     else:
         cut = softmax.row_config(inputs, _loss_of(spec), operands.targets, spec.compute_dtype)
     return inputs.new_empty(rows.num_programs(len(inputs), cut), dtype=spec.compute_dtype)

@@ -46,4 +46,5 @@ def by_chunk(crow: Tensor, col: Tensor, num_labels: int, step: int) -> Chunks:
     number = torch.div(col, step, rounding_mode="floor").long()
     key, order = (number * num_rows + row_of_label(crow, col)).sort(stable=True)
     first = torch.searchsorted(key, torch.arange(num_chunks * num_rows + 1, device=col.device))
-    return Chunks(first.unfold(0, num_rows + 1, num_rows), (col - number * step).to(col.dtype)[order])
+    crow = first.as_strided((num_chunks, num_rows + 1), (num_rows, 1))
+    return Chunks(crow, (col - number * step).to(col.dtype)[order])
