@@ -12,10 +12,13 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-full test-old-torch lint format bench gpu wheels clean
+.PHONY: demo demo-xmc test test-full test-old-torch lint format bench gpu gpu-xmc wheels clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_multilabel.py $(ARGS)
+
+demo-xmc: $(VENV)/installed
+	$(BIN)/python examples/train_xmc.py $(ARGS)
 
 test: lint
 	$(PYTEST)
@@ -44,6 +47,10 @@ bench: $(VENV)/installed
 # The GPU suite and the bench with the torch and triton that $(PYTHON) has; needs no network (see make wheels).
 gpu:
 	bash bench/gpu.sh $(PYTHON) $(OUT)
+
+# A training step of BERT-base with millions of labels: needs transformers beside torch and triton.
+gpu-xmc:
+	bash bench/gpu.sh $(PYTHON) $(OUT) xmc
 
 # What the GPU suite needs beside torch and triton, for a machine without a network.
 wheels:

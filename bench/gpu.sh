@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bench/gpu.sh [PYTHON] [OUT]: self check, tests and bench with the torch and triton of PYTHON, on its GPU.
+# bench/gpu.sh [PYTHON] [OUT] [STEP...]: self check, tests and bench with the torch and triton of PYTHON, on its GPU; or
+# the steps named, of check, tests, bench and xmc.
 #
 # Installs nothing into PYTHON and needs no network: the package runs from a copy, and test tools that are missing come
 # from ./wheels (make wheels). Logs and results go to OUT. BERTLOSS_FAST_ALLOW_CPU=1 tries the script without a GPU.
@@ -40,9 +41,12 @@ if [ ${#missing[@]} -gt 0 ] && [ -d "$root/wheels" ]; then
 fi
 
 names=() states=() times=()
+wanted=" ${*:3} "
+[ $# -gt 2 ] || wanted=" check tests bench "
 step() { # NAME SECONDS ARGUMENTS...: run PYTHON with them, keep going, remember how it went
     local name=$1 limit=$2 begin=$SECONDS status
     shift 2
+    case $wanted in *" $name "*) ;; *) return ;; esac
     echo "== $name: python $*"
     timeout --kill-after=10 "$limit" "$python" "$@" 2>&1 | tee "$out/$name.log"
     status=${PIPESTATUS[0]}
@@ -59,6 +63,7 @@ step check 40 -m bertloss_fast
 step tests 270 -m pytest tests -p no:cacheprovider \
     --ignore=tests/test_compiled.py --ignore=tests/test_demo.py ${BERTLOSS_FAST_GPU_TESTS:-}
 step bench 190 -m bench --device "$device" --out "$out" ${BERTLOSS_FAST_GPU_BENCH:-}
+step xmc 500 -m bench.xmc --device "$device" --out "$out" ${BERTLOSS_FAST_GPU_XMC:-}
 
 failed=0
 printf '\n%-8s %6s  %s\n' step seconds result

@@ -208,7 +208,7 @@ def errors(
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     weight = targets.weight.detach().double().requires_grad_() if isinstance(targets, OfLayer) else None
     y = targets.targets if isinstance(targets, OfLayer) else targets
-    worst, largest = 0.0, 0.0
+    worst, largest = torch.zeros_like(total), torch.zeros_like(total)
     num_rows = max(1, _ORACLE_ELEMENTS // case.shape[1])
     for start in range(0, case.shape[0], num_rows):
         rows = slice(start, start + num_rows)
@@ -218,14 +218,14 @@ def errors(
         part.backward()
         total += part.detach()
         expected = cast(Tensor, x64.grad) * scale
-        worst = max(worst, (grads[0][rows].double() - expected).abs().max().item())
-        largest = max(largest, expected.abs().max().item())
+        worst = torch.maximum(worst, (grads[0][rows].double() - expected).abs().max())  # Python's max drops NaN
+        largest = torch.maximum(largest, expected.abs().max())
     expected_loss = total / case.mean_over
     error = worst / largest
     if weight is not None:
         expected = cast(Tensor, weight.grad) * scale
-        error = max(error, ((grads[1].double() - expected).abs().max() / expected.abs().max()).item())
-    return ((value - expected_loss) / expected_loss).abs().item(), error
+        error = torch.maximum(error, (grads[1].double() - expected).abs().max() / expected.abs().max())
+    return ((value - expected_loss) / expected_loss).abs().item(), error.item()
 
 
 def _in_double(case: Case, targets: Tensor | SparseLabels) -> Tensor:

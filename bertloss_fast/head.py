@@ -21,7 +21,14 @@ from .targets import SparseLabels
 
 
 class TopK(NamedTuple):
-    """The labels with the greatest probabilities, those first."""
+    """The labels with the greatest probabilities, those first; :meth:`MultiLabelHead.topk` gives one.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import MultiLabelHead
+        >>> scores, labels = MultiLabelHead(8, num_labels=1000).topk(torch.randn(2, 8), k=5)
+    """
 
     scores: Tensor
     """Probabilities ``[..., k]``, at least float32."""
@@ -31,7 +38,16 @@ class TopK(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The labels that a head gives."""
+    """The labels that a head gives; :meth:`MultiLabelHead.predict` makes one.
+
+    Example::
+
+        >>> import torch
+        >>> from bertloss_fast import MultiLabelHead
+        >>> labels, scores = MultiLabelHead(8, num_labels=1000).predict(torch.randn(2, 8), threshold=0.7)
+        >>> labels.nnz == len(scores)
+        True
+    """
 
     labels: SparseLabels
     scores: Tensor

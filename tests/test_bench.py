@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_sigmoid, bench_softmax, families, report
-from bench.cases import Case, Provider, Row, as_tensor, make_data
+from bench import bench_head, bench_sigmoid, bench_softmax, families, report, xmc
+from bench.cases import Case, OfLayer, Provider, Row, as_tensor, make_data
 from bench.claims import Claim
 from bench.measure import COPY, errors, measure_time
 from bench.memory import extra_peak_bytes
@@ -152,7 +152,8 @@ def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
     )
     monkeypatch.setattr(bench_sigmoid, "_CPU_CLAIMS", claims)
     monkeypatch.setattr(bench_softmax, "_CPU_CASES", (CLASSES,))
-    monkeypatch.setattr(bench_softmax, "_CPU_CLAIMS", ())
+    for family in (bench_softmax, bench_head):
+        monkeypatch.setattr(family, "_CPU_CLAIMS", ())
     monkeypatch.setattr(command, "_QUICK_BUDGET", 0.0)
     assert command.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -175,3 +176,34 @@ def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
     assert "old" not in readme.read_text()
     assert readme.read_text().endswith("<!-- end -->\nafter\n")
     assert TIME.title in (tmp_path / "page.md").read_text()
+
+
+def test_a_case_of_a_layer_comes_back_from_json():
+    case = bench_head.cases(CPU)[0]
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+    assert "256 x 384 x 131072" in case.title
+
+
+def test_gradients_of_a_layer_are_checked_too():
+    """A provider whose weight's gradient alone is wrong is found."""
+    case = Case("head", "linear focal", (6, 50), torch.float32, None, labels_per_row=2, features=4)
+    right = bench_head.PROVIDERS[1].losses["linear focal"][1]
+
+    def halved(x, y):
+        return right(x, OfLayer(0.5 * y.weight + 0.5 * y.weight.detach(), y.targets))
+
+    wrong = Provider("halved", {"linear focal": ("halved", halved)}, ours=True)
+    rows = measure_time(case, [bench_head.PROVIDERS[1], wrong], bench_head.oracle, CPU, 0.01)
+    assert [row.status for row in rows] == ["ok", "wrong"]
+    assert rows[0].seconds is not None
+    assert rows[1].seconds is None
+
+
+def test_a_step_with_many_labels(monkeypatch, tmp_path):
+    monkeypatch.setattr("bench.xmc._STEPS", 1)
+    monkeypatch.setattr("bench.xmc._LENGTH", 4)
+    sizes = ["--labels", "500", "--rows", "2", "--layers", "1", "--features", "64"]
+    assert xmc.main(["--device", "cpu", "--out", str(tmp_path), *sizes]) == 0
+    (step,) = json.loads((tmp_path / "xmc.json").read_text())["steps"]
+    assert step["labels"] == 500
+    assert step["head_ms"] > 0

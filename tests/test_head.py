@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import oracles
@@ -14,6 +15,7 @@ from cases import DOUBLE, logits, uniform
 from torch import Tensor, nn
 
 import bertloss_fast as bf
+from bench.memory import extra_peak_bytes
 from bertloss_fast.head import rounded_at_random
 from bertloss_fast.modules.sigmoid import ElementwiseLoss
 
@@ -311,3 +313,21 @@ def test_errors(name: str) -> None:
     call, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available(), reason="needs /proc")
+def test_a_fused_step_holds_no_gradient_of_the_weight(device: torch.device) -> None:
+    """As the way with autograd does, which shows that the measure sees one."""
+    labels, features = 150_000, 64
+    loss = bf.BCEWithLogitsLoss(reduction="batchmean", backend=None if device.type == "cuda" else "eager")
+    head = bf.MultiLabelHead(features, labels, loss, device=device)
+    hidden, y = torch.randn(8, features, device=device), bf.SparseLabels.from_lists([[3]] * 8, labels).to(device)
+    optimizer = bf.HeadSGD(0.1)
+    weight_bytes = labels * features * 4
+    for run, low, high in (
+        (lambda: head.fused_step(hidden, y, optimizer), 0, 0.4),
+        (lambda: head(hidden, y).backward(), 1, 1.4),
+    ):
+        run()
+        head.zero_grad()
+        assert low <= extra_peak_bytes(run, device) / weight_bytes <= high
