@@ -55,7 +55,9 @@ def _is_torch_s(spec: Spec, operands: Operands) -> bool:
 
 def _torch_cross_entropy(spec: Spec, operands: Operands) -> Tensor:
     num_classes = operands.inputs.shape[-1]
-    inputs, kept = operands.inputs.reshape(-1, num_classes), reference.keep(spec, operands)
+    # A view's gradient is a view, which autograd would copy for a leaf.
+    inputs = operands.inputs if operands.inputs.dim() == 2 else operands.inputs.reshape(-1, num_classes)
+    kept = reference.keep(spec, operands)
     by_row = spec.reduction == "none" or operands.sample_weight is not None
     if operands.labels is None:
         target = cast(Tensor, operands.targets).to(spec.compute_dtype).reshape(-1, num_classes)
@@ -204,18 +206,22 @@ def _eager(spec: Spec, operands: Operands, divided: Denominators, upstream: Tens
     block = _label_block if of_labels else _block
     for rows, part in _parts(operands, _ROUNDS if of_labels else 1):
         each = None if upstream is None else upstream.expand(len(losses))[rows].contiguous()
-        losses[rows], found = block(spec, part, divided, each, [grad is not None for grad in grads[:2]])
-        for grad, values in zip((grad for grad in grads if grad is not None), found, strict=True):
-            # What is written is not what autograd saved for a second use: its version stays.
-            with _unsafe_preserve_version_counter(grad):
-                grad[rows] = values
+        wanted = tuple(grad for grad in grads if grad is not None)
+        rooms = [None if grad is None else grad[rows] for grad in grads[:2]]
+        # What is written is not what autograd saved for a second use: its version stays.
+        with _unsafe_preserve_version_counter(wanted):
+            losses[rows], found = block(spec, part, divided, each, rooms)
+            for room, values in zip((room for room in rooms if room is not None), found, strict=True):
+                if room is not values:
+                    room.copy_(values)
     return losses
 
 
 def _block(
-    spec: Spec, part: Operands, divided: Denominators, upstream: Tensor | None, wanted: list[bool]
+    spec: Spec, part: Operands, divided: Denominators, upstream: Tensor | None, rooms: list[Tensor | None]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The losses of some rows, and the gradients that are wanted, by plain operations."""
+    """The losses of some rows, and the gradients for which there is room, by plain operations."""
+    wanted = [room is not None for room in rooms]
     with inner_autograd() if any(wanted) else nullcontext():
         leaves = [part.inputs.detach(), None if part.targets is None else part.targets.detach()]
         sources = [cast(Tensor, leaf).requires_grad_() for leaf, asked in zip(leaves, wanted, strict=True) if asked]
@@ -231,12 +237,14 @@ def _is_of_labels(spec: Spec, operands: Operands) -> bool:
 
 
 def _label_block(
-    spec: Spec, part: Operands, divided: Denominators, upstream: Tensor | None, wanted: list[bool]
+    spec: Spec, part: Operands, divided: Denominators, upstream: Tensor | None, rooms: list[Tensor | None]
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The same where u tells all: its derivative in the other logits is their share of the probability.
 
     That is summed up without the label's, so that it keeps its digits where it is small.
     """
+    room = rooms[0]
+    wanted = room is not None
     kept = cast(Tensor, reference.keep(spec, part))
     x = reference.logits(spec, part.inputs.detach())
     if not kept.all():  # what does not count is no source of NaN
@@ -246,7 +254,9 @@ def _label_block(
     if part.margins is not None:
         x_at -= spec.params[0] * part.margins.to(x.dtype)[at]
         x = x.scatter(-1, at, x_at)
-    probabilities = x.softmax(-1)
+    # What becomes the gradient is made in its place, unless that is the logits' own or of another dtype.
+    in_place = room is not None and room.dtype == x.dtype and room.data_ptr() != part.inputs.data_ptr()
+    probabilities = torch.softmax(x, -1, out=room if in_place else None)
     p = reference.wide(probabilities.gather(-1, at))
     of_others = reference.wide(probabilities.scatter_(-1, at, 0).sum(-1, keepdim=True))
     p, q = p / (p + of_others), of_others / (p + of_others)  # softmax adds up less carefully than sum
@@ -255,11 +265,11 @@ def _label_block(
     if unlikely.any():  # where the logarithm of p would be wrong
         log_sum[unlikely] = reference.wide(x[unlikely]).logsumexp(-1, keepdim=True)
     log_others = log_sum + q.log()
-    with inner_autograd() if any(wanted) else nullcontext():
-        log_others, x_at = log_others.requires_grad_(any(wanted)), x_at.requires_grad_(any(wanted))
+    with inner_autograd() if wanted else nullcontext():
+        log_others, x_at = log_others.requires_grad_(wanted), x_at.requires_grad_(wanted)
         row = reference.Row(None, x_at, log_others, log_others - x_at)
         of_rows = _divided(*reference.weigh(spec, part, *reference.of_row(spec, part, row)), divided)
-        if not any(wanted):
+        if not wanted:
             return of_rows, ()
         each = _upstream_of_rows(of_rows, upstream)
         slope, slope_at = torch.autograd.grad(of_rows, [log_others, x_at], each)
