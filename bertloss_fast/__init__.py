@@ -31,7 +31,7 @@ from .functional import (
     two_way_loss,
     zlpr_loss,
 )
-from .head import HeadSGD, MultiLabelHead, Prediction, TopK
+from .head import MultiLabelHead, Prediction, TopK
 from .modules import (
     AsymmetricLossMultiLabel,
     BCEWithLogitsLoss,
@@ -54,6 +54,7 @@ from .modules import (
 )
 from .ops.dispatch import set_backend
 from .ops.upstream import UpstreamMemory
+from .optim import HeadSGD
 from .targets import SparseLabels
 
 __version__ = "0.1.0"

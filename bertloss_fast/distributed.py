@@ -17,13 +17,14 @@ from torch.nn.functional import pad
 
 from .functional.checks import check_index, check_no_gradient
 from .functional.layer import as_layer
-from .head import HeadSGD, MultiLabelHead, TopK, above, greatest, greatest_of, trained
+from .head import MultiLabelHead, TopK, above, greatest, greatest_of, run_step, trained
 from .ops.chunks import Layer
-from .ops.linear import Call, linear_loss, linear_step
+from .ops.linear import Call, linear_loss
 from .ops.operands import as_matrices
 from .ops.passes import denominator, is_counted
 from .ops.ranks import Ranks, exchange, itself
 from .ops.sparse import by_chunk
+from .optim import HeadSGD
 from .targets import SparseLabels
 
 
@@ -113,6 +114,7 @@ class ShardedHead(MultiLabelHead):
     def __init__(self, head: MultiLabelHead, mesh: DeviceMesh, mesh_dim: int, same_rows: bool = False) -> None:
         nn.Module.__init__(self)  # MultiLabelHead's makes weights
         self.in_features, self.num_labels, self.chunk_size = head.in_features, head.num_labels, head.chunk_size
+        self._prior = head._prior
         # A DTensor may have another mesh of the same processes, whose groups have other timeouts.
         self.mesh, self.mesh_dim, self.same_rows = mesh, mesh_dim, same_rows
         placements: list[Placement] = [Replicate()] * mesh.ndim
@@ -129,16 +131,22 @@ class ShardedHead(MultiLabelHead):
         """The loss of the rows of all processes, the same on each."""
         if targets is None:
             raise TypeError("targets: expected labels, got None, and no process has all logits; topk has the greatest")
+        self._check(hidden)
         call, ranks = self._call(self.dropout(hidden), targets, options)
         return exchange(linear_loss(call), ranks.sum, itself)
 
     def _step(
         self, hidden: Tensor, targets: Tensor | SparseLabels, optimizer: HeadSGD, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
+        if self.mesh.ndim > 1:
+            raise ValueError(
+                f"mesh: expected one dimension, since a fused step has no gradient to average over another; "
+                f"got {self.mesh.ndim}"
+            )
         call, ranks = self._call(hidden.detach(), targets, options)
         with torch.no_grad():
             parameters = {name: cast(DTensor, value).to_local() for name, value in trained(self).items()}
-        loss, gradient = linear_step(call, optimizer.begin(parameters, shard=ranks.rank))
+        loss, gradient = run_step(call, optimizer.begin(parameters, shard=ranks.rank))
         return ranks.sum(loss), ranks.sum_of_own(gradient).view(hidden.shape)
 
     def _greatest(self, hidden: Tensor, k: int) -> TopK:
@@ -197,7 +205,7 @@ class ShardedHead(MultiLabelHead):
     def _call(self, hidden: Tensor, targets: Tensor | SparseLabels, options: dict[str, Any]) -> tuple[Call, Ranks]:
         """The loss of all rows and of this process's labels, over what counts on all processes."""
         weight, bias = self._stand_ins()
-        call = self.loss.linear_call(hidden, weight, targets, bias, self.chunk_size, **options)
+        call = self.loss.linear_call(hidden, weight, targets, bias, self.chunk_size, options)
         check_no_gradient("targets", call.operands.targets)
         given, own = call.operands, as_matrices(call.operands)
         crow, col, chunks, counts = own.crow, own.col, None, None

@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .functional.checks import check_device, check_fraction, check_index, check_number, check_probabilities
-from .functional.layer import as_layer
+from .functional.checks import (
+    check_device,
+    check_index,
+    check_inputs,
+    check_number,
+    check_probabilities,
+)
+from .functional.layer import as_layer, check_chunk_size, check_dtypes
 from .modules import SigmoidFocalLoss
 from .modules.shown import shown
 from .modules.sigmoid import ElementwiseLoss
 from .ops.chunks import Layer, logit_chunks
-from .ops.linear import linear_loss, linear_step
+from .ops.dispatch import can_check_values
+from .ops.linear import Call, Step, linear_loss, without_autocast
+from .optim import HeadSGD, Update
 from .targets import SparseLabels
 
 
@@ -54,112 +61,8 @@ class Prediction(NamedTuple):
     """The probability of each, ``[nnz]``, at least float32."""
 
 
-class HeadSGD:
-    """What :meth:`MultiLabelHead.fused_step` updates a head by: stochastic gradient descent, as ``torch.optim.SGD`` is.
-
-    .. math::
-        b \\leftarrow \\mu b + (g + \\lambda w), \\quad w \\leftarrow w - \\eta b
-
-    In float32 and float64 that is all. Weights in bfloat16 are updated in float32 and rounded up or down at random, in
-    proportion to what is nearer: small updates are not lost, since they arrive in the mean. The same seed gives the
-    same bits.
-
-    Args:
-        lr: the learning rate, eta; an attribute that may be set at any time.
-        momentum: mu, from 0 and less than 1; above 0 it takes the memory of another weight.
-        weight_decay: lambda, at least 0.
-        seed: of the rounding.
-
-    Example::
-
-        >>> from bertloss_fast import HeadSGD
-        >>> optimizer = HeadSGD(lr=0.1, momentum=0.9)
-        >>> optimizer.lr *= 0.5
-    """
-
-    def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, seed: int = 0) -> None:
-        self.lr = check_number("lr", lr, 0)
-        self.momentum = check_fraction("momentum", momentum)
-        self.weight_decay = check_number("weight_decay", weight_decay, 0)
-        self.seed = check_index("seed", seed)
-        if self.seed < 0:
-            raise ValueError(f"seed: expected an integer >= 0, got {seed}")
-        self._step = 0
-        self._buffers: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: steps and momenta, by the parameters' names."""
-        return {"step": self._step, **{f"momentum.{name}": buffer for name, buffer in self._buffers.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        momenta = {name.removeprefix("momentum."): value for name, value in state.items() if name != "step"}
-        self._step, self._buffers = state["step"], {name: value.clone() for name, value in momenta.items()}
-
-    def __repr__(self) -> str:
-        return f"HeadSGD(lr={self.lr}, momentum={self.momentum}, weight_decay={self.weight_decay}, seed={self.seed})"
-
-    def begin(self, parameters: dict[str, Tensor], shard: int = 0) -> Update:
-        """A step, in which every element of the parameters is updated once."""
-        generator = None
-        for name, parameter in parameters.items():
-            if parameter.dtype == torch.float16:
-                raise TypeError(f"{name}: expected bfloat16, float32 or float64 to update, got float16")
-            if parameter.dtype == torch.bfloat16 and generator is None:
-                generator = torch.Generator(parameter.device)
-                entropy = np.random.SeedSequence([self.seed, self._step, shard]).generate_state(1, np.uint64)
-                generator.manual_seed(int(entropy[0] >> np.uint64(1)))
-            if self.momentum and name not in self._buffers:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                self._buffers[name] = torch.zeros_like(parameter, dtype=dtype)
-            if self.momentum and self._buffers[name].shape != parameter.shape:
-                expected = tuple(parameter.shape)
-                raise ValueError(
-                    f"optimizer: expected the momenta of {name}, {expected}, got {tuple(self._buffers[name].shape)}"
-                )
-        self._step += 1
-        return Update(self, parameters, self._buffers, generator)
-
-
-class Update:
-    """One step of a :class:`HeadSGD`."""
-
-    def __init__(
-        self,
-        optimizer: HeadSGD,
-        parameters: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        generator: torch.Generator | None,
-    ) -> None:
-        self._optimizer, self._parameters, self._buffers, self._generator = optimizer, parameters, buffers, generator
-
-    def __call__(self, labels: slice, of_weight: Tensor, of_bias: Tensor | None) -> None:
-        """Update some labels by their gradients, which may be written to."""
-        self._update("weight", labels, of_weight)
-        if of_bias is not None:
-            self._update("bias", labels, of_bias)
-
-    def _update(self, name: str, labels: slice, gradient: Tensor) -> None:
-        if name not in self._parameters:  # it is frozen
-            return
-        optimizer, parameter = self._optimizer, self._parameters[name][labels]
-        before = parameter.to(gradient.dtype)
-        if optimizer.weight_decay:
-            gradient.add_(before, alpha=optimizer.weight_decay)
-        if optimizer.momentum:
-            gradient = self._buffers[name][labels].mul_(optimizer.momentum).add_(gradient)
-        if parameter.dtype == gradient.dtype:
-            parameter.add_(gradient, alpha=-optimizer.lr)
-        else:
-            parameter.copy_(rounded_at_random(before.add(gradient, alpha=-optimizer.lr), self._generator))
-
-
-def rounded_at_random(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    """float32 as bfloat16, up or down with a probability that makes the mean what it was."""
-    bits = values.view(torch.int32)
-    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    up_or_down = ((bits + noise) & ~0xFFFF).view(torch.float32)
-    return torch.where(values.isfinite(), up_or_down, values).bfloat16()
+# Priors nearer to 0 and 1 are taken for this far from them.
+_NEAREST = 1e-12
 
 
 class MultiLabelHead(nn.Module):
@@ -178,8 +81,8 @@ class MultiLabelHead(nn.Module):
             ``SigmoidFocalLoss(reduction="batchmean")``. Its tensors move with the head, but are not in its state dict.
         bias: whether there is one.
         dropout: the probability with which what is given is dropped in training.
-        prior: how probable labels are before training, a number or a tensor ``[L]`` between 0 and 1; the bias begins
-            with its logits, and else as in ``nn.Linear``.
+        prior: how probable labels are before training, a number or a tensor ``[L]``, from 0 to 1, of which 1e-12 and
+            1 - 1e-12 are the ends; the bias begins with its logits, and else as in ``nn.Linear``.
         chunk_size: how many labels to take at a time; ``None`` for as many as stay in the cache.
         device, dtype: of weight and bias.
 
@@ -217,40 +120,61 @@ class MultiLabelHead(nn.Module):
         for name, size in (("in_features", in_features), ("num_labels", num_labels)):
             if check_index(name, size) <= 0:
                 raise ValueError(f"{name}: expected an integer > 0, got {size}")
-        if chunk_size is not None and check_index("chunk_size", chunk_size, "an integer > 0 or None") <= 0:
-            raise ValueError(f"chunk_size: expected an integer > 0 or None, got {chunk_size}")
+        check_chunk_size(chunk_size)
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: expected True or False, got {type(bias).__name__}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {str(dtype).removeprefix('torch.')}")
         self.in_features, self.num_labels, self.chunk_size = in_features, num_labels, chunk_size
         linear = nn.Linear(in_features, num_labels, bias, device, dtype)
         self.weight = linear.weight
         self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
         self.dropout = nn.Dropout(check_number("dropout", dropout, 0, 1))
-        self.loss = _own(SigmoidFocalLoss(reduction="batchmean") if loss is None else loss)
-        if prior is not None:
-            self._begin_at(prior)
-
-    def _begin_at(self, prior: float | Tensor) -> None:
-        if self.bias is None:
+        self.loss = _own(SigmoidFocalLoss(reduction="batchmean") if loss is None else loss).to(self.weight.device)
+        if prior is not None and not bias:
             raise ValueError("prior: expected None without a bias, which it would be")
-        if not isinstance(prior, Tensor):
-            prior = torch.tensor(check_number("prior", prior, 0, 1))
-        if prior.dim() > 1 or prior.numel() not in (1, self.num_labels):
+        self._prior = None if prior is None else self._probabilities("prior", prior)
+        self._begin_at_prior()
+
+    def reset_parameters(self) -> None:
+        """Begin anew: weight and bias as in ``nn.Linear``, and the bias at the prior."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        self._begin_at_prior()
+
+    def _begin_at_prior(self) -> None:
+        if self._prior is not None and self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(self._prior.logit(_NEAREST))
+
+    def _probabilities(self, name: str, values: float | Tensor) -> Tensor:
+        """A number or one for each label, in float64."""
+        if not isinstance(values, Tensor):
+            return torch.tensor(check_number(name, values, 0, 1), dtype=torch.float64)
+        if values.dim() and values.shape != (self.num_labels,):
             raise ValueError(
-                f"prior: expected a number or shape ({self.num_labels},), one value a label; got {tuple(prior.shape)}"
+                f"{name}: expected a number or shape ({self.num_labels},), one value a label; got {tuple(values.shape)}"
             )
-        check_probabilities("prior", prior)
-        with torch.no_grad():
-            self.bias.copy_(prior.double().logit(1e-12))
+        check_probabilities(name, values)
+        if can_check_values(values.device) and values.isnan().any():
+            raise ValueError(f"{name}: expected values from 0 to 1, got nan")
+        return values.detach().double()
 
     def forward(self, hidden: Tensor, targets: Tensor | SparseLabels | None = None, **options: Any) -> Tensor:
         """The loss; without targets the logits."""
+        self._check(hidden)
         hidden = self.dropout(hidden)
         if targets is None:
             if options:
                 raise TypeError(f"{next(iter(options))}: expected targets beside it, got None")
-            as_layer(hidden, self.weight, self.bias)
             return F.linear(hidden, self.weight, self.bias)
-        return linear_loss(self.loss.linear_call(hidden, self.weight, targets, self.bias, self.chunk_size, **options))
+        return linear_loss(self.loss.linear_call(hidden, self.weight, targets, self.bias, self.chunk_size, options))
+
+    def _check(self, hidden: Tensor) -> None:
+        check_inputs("hidden", hidden)
+        if not hidden.dim() or hidden.shape[-1] != self.in_features:
+            raise ValueError(f"hidden: expected shape (..., {self.in_features}), got {tuple(hidden.shape)}")
+        check_dtypes("hidden", hidden, "weight", self.weight)
 
     def fused_step(
         self,
@@ -285,7 +209,11 @@ class MultiLabelHead(nn.Module):
             raise TypeError(f"optimizer: expected a HeadSGD, got {type(optimizer).__name__}")
         if self.loss.reduction == "none":
             raise ValueError("reduction: expected a loss that is reduced to one number, got 'none'")
+        for name in ("weight", "bias"):
+            if name not in self._parameters:
+                raise TypeError(f"{name}: expected a parameter of the head's own to update, got a parametrized one")
         loss_scale = check_number("loss_scale", loss_scale, 0)
+        self._check(hidden)
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             dropped = self.dropout(leaf)
@@ -296,8 +224,8 @@ class MultiLabelHead(nn.Module):
     def _step(
         self, hidden: Tensor, targets: Tensor | SparseLabels, optimizer: HeadSGD, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        call = self.loss.linear_call(hidden, self.weight, targets, self.bias, self.chunk_size, **options)
-        return linear_step(call, optimizer.begin(trained(self)))
+        call = self.loss.linear_call(hidden, self.weight, targets, self.bias, self.chunk_size, options)
+        return run_step(call, optimizer.begin(trained(self)))
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> TopK:
@@ -306,6 +234,7 @@ class MultiLabelHead(nn.Module):
         Raises:
             ValueError: if k is not from 1 to the number of labels.
         """
+        self._check(hidden)
         if not 1 <= check_index("k", k) <= self.num_labels:
             raise ValueError(f"k: expected an integer from 1 to {self.num_labels}, the number of labels, got {k}")
         found = self._greatest(hidden, k)
@@ -324,6 +253,7 @@ class MultiLabelHead(nn.Module):
             hidden: ``[..., D]``; the labels are those of all rows together, ``[N, L]``.
             threshold: a number from 0 to 1, or one for each label, ``[L]``.
         """
+        self._check(hidden)
         row, col, scores = self._above(hidden, self._thresholds(threshold))
         row, order = row.sort(stable=True)
         crow = torch.searchsorted(row, torch.arange(hidden.shape[:-1].numel() + 1, device=row.device))
@@ -331,16 +261,10 @@ class MultiLabelHead(nn.Module):
 
     def _thresholds(self, threshold: float | Tensor) -> Tensor:
         """A probability [1, 1] or [1, L]."""
-        if not isinstance(threshold, Tensor):
-            threshold = torch.tensor(check_number("threshold", threshold, 0, 1), device=self.weight.device)
-        if threshold.dim() > 1 or threshold.numel() not in (1, self.num_labels):
-            raise ValueError(
-                f"threshold: expected a number or shape ({self.num_labels},), one value a label; "
-                f"got {tuple(threshold.shape)}"
-            )
-        check_device("threshold", threshold, "weight", self.weight)
-        check_probabilities("threshold", threshold)
-        return threshold.reshape(1, -1)
+        values = self._probabilities("threshold", threshold)
+        if isinstance(threshold, Tensor):
+            check_device("threshold", threshold, "weight", self.weight)
+        return values.to(self.weight.device).reshape(1, -1)
 
     def _above(self, hidden: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, labels and probabilities, the labels of each row in order."""
@@ -384,6 +308,16 @@ def above(layer: Layer, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cols.append(col + labels.start)
         scores.append(probabilities[row, col])
     return torch.cat(rows), torch.cat(cols), torch.cat(scores)
+
+
+def run_step(call: Call, update: Update) -> tuple[Tensor, Tensor]:
+    """The loss of a call, and its gradient in hidden; the update of the head is made on the way."""
+    step = Step(call)
+    with torch.no_grad(), without_autocast(call.layer):
+        for labels, of_weight, of_bias in step:
+            update.labels(labels, of_weight, of_bias)
+    update.end()
+    return step.loss, step.of_inputs
 
 
 def _own(loss: ElementwiseLoss) -> ElementwiseLoss:

@@ -5,12 +5,11 @@ its own, or at the caller's, the programs. In fp32 a lane counts exactly to 2^24
 sums of several lanes are rounded past 2^24.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import NAN_STAYS, TINY, load_as, sigmoids, store_rounded
+from .device import NAN_STAYS, TINY, sigmoids, store_rounded
 from .elements import (
     Matrices,
     load_elements,
@@ -233,50 +232,3 @@ def sum_launcher(
     with launch_scope(partials):
         block = min(triton.next_power_of_2(count), _MAX_PARTIALS)
         _sum_kernel[(1,)](partials, denominator, total, count, AT_LEAST=at_least, BLOCK=block, num_warps=8)
-
-
-@triton.jit
-def _rescale_kernel(
-    values_ptr,  # [count], written for the upstream in the note
-    upstream_ptr,  # [], what came
-    note_ptr,  # [], or None for 1
-    memory_ptr,  # [], where what came is left for the next forward; or None
-    count,
-    DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Values of one upstream made those of another. A launch that finds them equal returns at once."""
-    pid, lanes = program(BLOCK, WIDE)
-    upstream = tl.load(upstream_ptr).to(DTYPE)
-    note = 1.0 if note_ptr is None else tl.load(note_ptr)
-    if memory_ptr is not None:
-        # What gradients are written for is to be one that they can be made another's from.
-        usable = (upstream != 0) & (tl.abs(upstream) < float("inf"))
-        tl.store(memory_ptr, upstream, (pid == 0) & usable)
-    end = tl.where(upstream == note, 0, count)
-    ratio = upstream / note
-    for start in range(pid * BLOCK, end, tl.num_programs(0) * BLOCK):
-        offs = start + lanes
-        values = load_as(values_ptr + offs, offs < count, 0.0, DTYPE)
-        store_rounded(values_ptr + offs, values * ratio, offs < count)
-
-
-def rescale_launcher(values: Tensor, upstream: Tensor, note: Tensor | None, memory: Tensor | None) -> None:
-    """Launch one pass over contiguous ``values``, which mostly returns at once."""
-    block = 1024
-    programs = min(triton.cdiv(values.numel(), block), _PROGRAMS_THAT_RETURN)
-    with launch_scope(values):
-        _rescale_kernel[(programs,)](
-            values,
-            upstream,
-            note,
-            memory,
-            values.numel(),
-            DTYPE=tl.float64 if values.dtype == torch.float64 else tl.float32,
-            WIDE=values.numel() + programs * block >= 2**31,
-            BLOCK=block,
-        )
-
-
-_PROGRAMS_THAT_RETURN = 1024

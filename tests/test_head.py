@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import bertloss_fast as bf
 from bench.memory import extra_peak_bytes
-from bertloss_fast.head import rounded_at_random
 from bertloss_fast.modules.sigmoid import ElementwiseLoss
+from bertloss_fast.optim import rounded_at_random
 
 ROWS, FEATURES, LABELS = 6, 5, 11
 LOSSES: dict[str, tuple[Callable[[], ElementwiseLoss], Callable[..., Tensor], dict[str, Any]]] = {
@@ -175,6 +175,36 @@ def test_fused_steps_are_torch_s_sgd(momentum: float, weight_decay: float, backe
     torch.testing.assert_close(*losses, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_dtypes_that_differ(momentum: float, device: torch.device) -> None:
+    """Of targets, of autocast, and of a head that was moved between two steps."""
+    hidden, y = batch(device)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        head, optimizer = made_head(device, dtype=torch.float32), bf.HeadSGD(0.0, momentum)
+        head.fused_step(hidden.float(), y, optimizer)
+        head.to(dtype)
+        before = head.weight.detach().clone()
+        head.fused_step(hidden.to(dtype), y.to_dense(torch.float64), optimizer)
+        if dtype != torch.float64:
+            with torch.autocast(device.type, torch.bfloat16):
+                head.fused_step(hidden.float(), y, optimizer)
+        assert torch.equal(head.weight, before)  # a rate of 0 changes nothing
+
+
+def test_steps_in_inference_mode(device: torch.device) -> None:
+    head, optimizer, (hidden, y) = made_head(device), bf.HeadSGD(0.1, 0.9), batch(device)
+    with torch.inference_mode():
+        head.fused_step(hidden, y, optimizer)
+    head.fused_step(hidden, y, optimizer)
+
+
+def test_to_empty_and_reset(device: torch.device) -> None:
+    head = bf.MultiLabelHead(FEATURES, LABELS, prior=0.02, device="meta").to_empty(device=device)
+    head.reset_parameters()
+    torch.testing.assert_close(head.bias.sigmoid(), torch.full_like(head.bias, 0.02))
+    assert head.weight.isfinite().all()
+
+
 def test_frozen_parameters_stay(device: torch.device) -> None:
     head, (hidden, y) = made_head(device), batch(device)
     head.bias.requires_grad_(False)
@@ -213,7 +243,7 @@ def test_rounding_at_random(device: torch.device) -> None:
             head.weight.copy_(before)
         optimizer = bf.HeadSGD(lr, seed=seed)
         if seed % 100:  # as a step does, whose gradient is always this one
-            optimizer.begin({"weight": head.weight.detach()})(slice(0, 128), gradient.clone(), None)
+            optimizer.begin({"weight": head.weight.detach()}).labels(slice(0, 128), gradient.clone(), None)
         else:
             head.fused_step(hidden, y, optimizer)
         total += head.weight.detach()
@@ -248,7 +278,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "features": (
         lambda: HEAD(X[:, 1:]),
         ValueError,
-        r"linear_weight: expected shape \(L, 4\), as long as the rows of input, got \(11, 5\)",
+        r"hidden: expected shape \(..., 5\), got \(2, 4\)",
     ),
     "labels": (
         lambda: HEAD(X, Y[:, 1:]),
@@ -301,11 +331,57 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "weight: expected bfloat16, float32 or float64 to update, got float16",
     ),
+    "dtype of hidden": (lambda: HEAD(X.double(), Y), TypeError, "hidden: expected float32 like weight, got float64"),
+    "no tensor": (lambda: HEAD.fused_step(None, Y, OPTIMIZER), TypeError, "hidden: expected a tensor, got NoneType"),
+    "an argument of the layer": (lambda: HEAD(X, Y, chunk_size=1), TypeError, "chunk_size: expected one of mask"),
+    "threshold of nan": (
+        lambda: HEAD.predict(X, torch.full((11,), float("nan"))),
+        ValueError,
+        "threshold: expected values from 0 to 1, got nan",
+    ),
+    "one threshold in brackets": (lambda: HEAD.predict(X, torch.ones(1)), ValueError, "threshold: expected a number"),
+    "bias": (
+        lambda: bf.MultiLabelHead(2, 3, bias=torch.ones(3)),
+        TypeError,
+        "bias: expected True or False, got Tensor",
+    ),
+    "dtype": (
+        lambda: bf.MultiLabelHead(2, 3, dtype=torch.long),
+        TypeError,
+        "dtype: expected a floating dtype, got int64",
+    ),
+    "a parametrized weight": (
+        lambda: nn.utils.parametrizations.weight_norm(bf.MultiLabelHead(5, 11)).fused_step(X, Y, bf.HeadSGD(0.1)),
+        TypeError,
+        "weight: expected a parameter of the head's own to update, got a parametrized one",
+    ),
+    "lr that became nan": (lambda: step_with(lr=float("nan")), ValueError, "lr: expected a number >= 0, got nan"),
+    "lr that became a tensor": (
+        lambda: step_with(lr=torch.ones(())),
+        TypeError,
+        "lr: expected a number >= 0, got Tensor",
+    ),
+    "no state": (
+        lambda: bf.HeadSGD(0.1).load_state_dict({}),
+        TypeError,
+        "state: expected what HeadSGD.state_dict gives",
+    ),
+    "a state of others": (
+        lambda: bf.HeadSGD(0.1).load_state_dict({"step": 1, "foo": torch.ones(3)}),
+        TypeError,
+        "state: expected momenta .* got a dict of step, foo",
+    ),
     "lr": (lambda: bf.HeadSGD(-0.1), ValueError, "lr: expected a number >= 0, got -0.1"),
     "momentum": (lambda: bf.HeadSGD(0.1, 1.0), ValueError, "momentum: expected a number from 0 to less than 1"),
     "seed": (lambda: bf.HeadSGD(0.1, seed=-1), ValueError, "seed: expected an integer >= 0, got -1"),
 }
 OPTIMIZER = bf.HeadSGD(0.1, 0.5)
+
+
+def step_with(**attributes: Any) -> None:
+    optimizer = bf.HeadSGD(0.1)
+    vars(optimizer).update(attributes)
+    HEAD.fused_step(X, Y, optimizer)
 
 
 @pytest.mark.parametrize("name", WRONG)

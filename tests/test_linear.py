@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bertloss_fast as bf
-from bertloss_fast.ops import chunks, linear
+from bertloss_fast.ops import chunks, products
 
 ROWS, FEATURES, LABELS = 5, 4, 7
 # Chunks of one label or row; that do not divide 7 or 5; that do; of all; of more.
@@ -80,11 +80,11 @@ def test_labels(name: str, target: str, backend: str, device: torch.device) -> N
     leaves = layer(device)
     x, weight, bias = leaves
     y = TARGETS[target](uniform(ROWS, LABELS, device=device))
-    # Every option with each chunk once, and every chunk with each reduction.
+    # Every option, with several chunks and reductions.
+    names = list(OPTIONS)
     for number, chunk_size in enumerate(CHUNKS):
-        names = list(OPTIONS)
-        options = to({**fixed, **OPTIONS[names[(number + len(name)) % len(names)]]}, device)
-        for reduction in {REDUCTIONS[number % 5], "mean_positive", "none"}:
+        for turn, reduction in enumerate((REDUCTIONS[number % 5], "mean_positive", "none")):
+            options = to({**fixed, **OPTIONS[names[(number + 3 * turn + len(name)) % len(names)]]}, device)
             if reduction == "none":
                 options.pop("normalizer", None)
             run = functools.partial(function, x, weight, y, linear_bias=bias, reduction=reduction, **options)
@@ -194,13 +194,13 @@ def test_only_the_gradients_that_are_asked_for(
     asked = tuple(leaf for leaf in leaves if leaf.requires_grad)
     y = classes(device) if name == "ce" else uniform(ROWS, LABELS, device=device) < 0.4
     written: list[torch.Size] = []
-    write = linear.Products._write
+    write = products.Products._write
 
-    def spy(self: linear.Products, out: Tensor, *arguments: Any, **options: Any) -> None:
+    def spy(self: products.Products, out: Tensor, *arguments: Any, **options: Any) -> None:
         written.append(out.shape[-1:])
         write(self, out, *arguments, **options)
 
-    monkeypatch.setattr(linear.Products, "_write", spy)
+    monkeypatch.setattr(products.Products, "_write", spy)
     loss = function(*leaves[:2], y, linear_bias=leaves[2], chunk_size=100, backend=backend, **options)
     assert len(written) == len([leaf for leaf in asked if leaf.dim() == 2])
     torch.testing.assert_close(
@@ -294,6 +294,55 @@ def test_the_same_bits_again(backend: str, device: torch.device) -> None:
     run = functools.partial(bf.linear_sigmoid_focal_loss, *leaves[:2], y, linear_bias=leaves[2], backend=backend)
     runs = [value_and_grads(run(chunk_size=2), leaves) for _ in range(3)]
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(other, runs[0], strict=True))
+
+
+def test_the_range_of_16_bits(backend: str, device: torch.device) -> None:
+    """What was rounded for one upstream would be lost for another: gradients near fp16's least, and beyond its greatest."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, generator=generator).to(device, torch.float16).requires_grad_()
+    weight = torch.randn(10, 8, generator=generator).to(device).requires_grad_()
+    y, memory = uniform(4, 10, device=device) < 0.3, bf.UpstreamMemory()
+    run = functools.partial(bf.linear_binary_cross_entropy, chunk_size=4, backend=backend)
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in (x, weight))
+    with torch.autocast(device.type, torch.float16):
+        for upstream in (2.0**17, 1.0, 1e-6, 65536.0, 2.0**-60, 1.0):
+            for options in ({}, {"upstream_memory": memory}):
+                loss = run(x, weight, y, **options)
+                found = torch.autograd.grad(loss, (x, weight), torch.tensor(upstream, device=device))
+                true = torch.autograd.grad(upstream * run(*exact, y), exact)
+                for grad, expected in zip(found, true, strict=True):
+                    rounding = 2e-3 * expected.abs().max()
+                    expected = expected.to(grad.dtype).double() if grad.dtype == torch.float16 else expected
+                    torch.testing.assert_close(grad.double(), expected, rtol=2e-3, atol=rounding.item())
+
+
+def test_no_gradient_is_computed_that_nobody_wants(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias = (leaf.detach() for leaf in layer(device))
+    found: list[Tensor | None] = []
+    for kind in (chunks.sigmoid, chunks.softmax):
+        forward = kind.FAMILY.forward
+
+        def spy(*arguments: Any, forward: Any = forward) -> Any:
+            loss, saved = forward(*arguments)
+            found.append(saved.grads.inputs)
+            return loss, saved
+
+        name = "sigmoid" if kind is chunks.sigmoid else "softmax"
+        monkeypatch.setitem(chunks.KINDS, name, chunks.KINDS[name]._replace(family=kind.FAMILY._replace(forward=spy)))
+    bf.linear_cross_entropy(x, weight, classes(device), linear_bias=bias, backend=backend)
+    bf.linear_binary_cross_entropy(x, weight, uniform(ROWS, LABELS, device=device) < 0.4, backend=backend)
+    assert found
+    assert all(grad is None for grad in found)
+
+
+def test_a_normalizer_of_0(backend: str, device: torch.device) -> None:
+    x, weight, _ = layer(device)
+    y, nothing = uniform(ROWS, LABELS, device=device) < 0.4, torch.zeros((), device=device)
+    loss = bf.linear_binary_cross_entropy(x, weight, y, normalizer=nothing, backend=backend)
+    assert loss.isinf()
+    assert not torch.autograd.grad(loss, weight)[0].isfinite().any()
 
 
 @pytest.mark.parametrize("name", ["focal", "ce"])

@@ -106,9 +106,9 @@ def as_layer(
             f"got {tuple(linear_weight.shape)}"
         )
     check_device("linear_weight", linear_weight, "input", input)
-    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-    dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
-    tensors = {"linear_weight": linear_weight}
+    autocast = _is_autocast(input) and input.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
+    check_dtypes("linear_weight", linear_weight, "input", input)
     if linear_bias is not None:
         _check_local("linear_bias", linear_bias)
         if linear_bias.shape != (num_labels,):
@@ -117,15 +117,26 @@ def as_layer(
                 f"got {tuple(linear_bias.shape)}"
             )
         check_device("linear_bias", linear_bias, "input", input)
-        tensors["linear_bias"] = linear_bias
-    for name, tensor in tensors.items():
-        if tensor.dtype != input.dtype and not autocast:
-            wanted, got = (str(dtype).removeprefix("torch.") for dtype in (input.dtype, tensor.dtype))
-            raise TypeError(f"{name}: expected {wanted} like input, got {got}")
-    if chunk_size is not None and check_index("chunk_size", chunk_size, "an integer > 0 or None") <= 0:
-        raise ValueError(f"chunk_size: expected an integer > 0 or None, got {chunk_size}")
+        check_dtypes("linear_bias", linear_bias, "input", input)
+    check_chunk_size(chunk_size)
     logits = input.detach().new_empty((), dtype=dtype).expand(*input.shape[:-1], num_labels)
     return Layer(input, linear_weight, linear_bias, dtype, chunk_size or 0), logits
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and check_index("chunk_size", chunk_size, "an integer > 0 or None") <= 0:
+        raise ValueError(f"chunk_size: expected an integer > 0 or None, got {chunk_size}")
+
+
+def check_dtypes(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Of one dtype; or such as autocast makes one of, which leaves float64 as it is."""
+    if tensor.dtype != like.dtype and not (_is_autocast(like) and torch.float64 not in (tensor.dtype, like.dtype)):
+        expected, got = (str(dtype).removeprefix("torch.") for dtype in (like.dtype, tensor.dtype))
+        raise TypeError(f"{name}: expected {expected} like {like_name}, got {got}")
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _check_local(name: str, tensor: Tensor) -> None:

@@ -36,8 +36,8 @@ def linear_sigmoid_focal_loss(
     .. math::
         \ell(h, y) = \text{focal}(W h + b, y)
 
-    with the formula of :func:`sigmoid_focal_loss`. Forward computes loss and gradients of ``chunk_size`` labels of all
-    rows together: beside the gradients it takes the memory of one such chunk, however many labels there are.
+    with the formula of :func:`sigmoid_focal_loss`. Forward computes loss and gradients of ``chunk_size`` labels
+    together: beside the gradients it takes the memory of one such chunk, however many labels there are.
 
     Args:
         input: what the layer is given, ``[..., D]``, in float16, bfloat16, float32 or float64.
@@ -47,14 +47,15 @@ def linear_sigmoid_focal_loss(
         alpha, gamma: as in :func:`sigmoid_focal_loss`.
         reduction: ``"none"`` (which gives ``[..., L]``, and computes the logits once more in backward), ``"sum"``,
             ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
-        chunk_size: how many labels to take at a time; ``None`` for as many as stay in the cache.
+        chunk_size: how many labels to take at a time; ``None`` for as many as stay in the cache. Many rows are cut too.
         options: ``weight``, ``pos_weight``, ``sample_weight``, ``mask``, ``ignore_index``, ``label_smoothing``,
             ``normalizer``, ``backend``, ``upstream_memory``, as in :func:`sigmoid_focal_loss`.
 
     Returns:
         As :func:`sigmoid_focal_loss`; gradients flow to input, weight and bias, and are computed only where they are
         asked for. Without ``upstream_memory`` they are written for an upstream gradient of 1, and multiplied once more
-        by another. Derivatives beyond the first, ``torch.func``, and the gradient of soft labels hold all logits.
+        by another. Derivatives beyond the first, ``torch.func``, and the gradient of soft labels hold all logits, and
+        what plain operations make of them.
 
     Raises:
         TypeError, ValueError: if an argument does not fit; nothing has been computed then.
@@ -277,8 +278,14 @@ def linear_cross_entropy(
         "z_loss": check_number("z_loss", z_loss, 0),
         "as_torch": True,
     }
-    if options is not None and chunk_size is None:
-        chunk_size = options.batch_chunk_size
+    if options is not None:
+        if not hasattr(options, "batch_chunk_size"):
+            expected = "torch's LinearCrossEntropyOptions or None"
+            raise TypeError(f"options: expected {expected}, got {type(options).__name__}")
+        if chunk_size is not None and options.batch_chunk_size not in (None, chunk_size):
+            both = f"{chunk_size} and {options.batch_chunk_size}"
+            raise ValueError(f"chunk_size: expected the same as options.batch_chunk_size or None, got {both}")
+        chunk_size = options.batch_chunk_size if chunk_size is None else chunk_size
     return loss_of_classes(
         "cross_entropy",
         (),

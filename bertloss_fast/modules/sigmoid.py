@@ -100,7 +100,7 @@ class ElementwiseLoss(nn.Module):
         target: Tensor | SparseLabels,
         linear_bias: Tensor | None,
         chunk_size: int | None,
-        **of_call: Any,
+        of_call: dict[str, Any],
     ) -> Call:
         """The call of this loss on a linear layer's logits, checked, that `MultiLabelHead` makes."""
         assert self.formula is not None

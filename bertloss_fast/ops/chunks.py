@@ -96,11 +96,10 @@ def walk(
     layer: Layer,
     upstreams: Tensor | None = None,
     *,
-    with_loss: bool = True,
     with_slope: bool = True,
     all_rows: bool = False,
 ) -> Walk:
-    """Loss and slope of each chunk; ``upstreams``, of the losses' shape, multiply the slope.
+    """Loss and slope of each chunk; or with ``upstreams``, of the losses' shape, the slope alone, times these.
 
     ``operands`` have a tensor of their shape in the logits' place. What a chunk holds is overwritten by the next one.
     """
@@ -125,8 +124,6 @@ def walk(
             loss, saved = kind.family.forward(backend, spec, part, None, Wanted(with_slope), made)
             slope = saved.grads.inputs
         else:
-            if with_loss:
-                loss, _ = kind.family.forward(backend, spec, part, None, Wanted())
             of_part = upstreams[rows, labels] if upstreams.dim() == 2 else upstreams[rows]
             slope = kind.family.backward(backend, spec, part, Saved(), of_part, None, Wanted(inputs=True)).inputs
         return Chunk(rows, labels, of_rows, weight, loss, slope)
@@ -160,10 +157,12 @@ def num_rows(layer: Layer) -> int:
 
 
 def labels_at_a_time(layer: Layer, num_rows: int) -> Steps:
-    """Of labels that stand for themselves."""
-    num_labels = layer.chunk or max(_chunk_size(layer) // num_rows, _FEWEST_LABELS)
-    num_labels = max(min(num_labels, len(layer.linear_weight)), 1)
-    return Steps(min(max(_chunk_size(layer) // num_labels, _FEWEST_ROWS), num_rows), num_labels)
+    """Of labels that stand for themselves: a power of two, so that few kernels are compiled, and products aligned."""
+    size, (num_labels, num_features) = _chunk_size(layer), layer.linear_weight.shape
+    # What a chunk of the weight's gradient takes counts too.
+    most = max(size // max(num_rows, num_features, 1), _FEWEST_LABELS)
+    step = min(layer.chunk or 1 << (most.bit_length() - 1), max(num_labels, 1))
+    return Steps(min(max(size // step, _FEWEST_ROWS), num_rows), step)
 
 
 def _rows_at_a_time(layer: Layer, num_rows: int) -> Steps:
@@ -230,9 +229,9 @@ def _prepare_classes(
     operands = softmax.as_rows(operands)
     divided = of_classes.denominators(spec, operands)
     operands = operands._replace(normalizer=None)
-    if divided.of_z is not divided.of_losses and operands.weight is not None:
+    if of_classes.counts_weights(spec, operands) and of_classes.is_counted(spec, operands):
         # A mean over weights: they take on what sets it apart from a mean over rows, which is that of z_loss.
-        weight = operands.weight.to(spec.compute_dtype) * (divided.of_z / divided.of_losses)
+        weight = cast(Tensor, operands.weight).to(spec.compute_dtype) * (divided.of_z / divided.of_losses)
         operands = operands._replace(weight=weight)
     return _of_a_chunk(spec), operands, divided.of_z
 

@@ -1,13 +1,12 @@
 """A linear layer and its loss in one: the logits are made, used and forgotten chunk by chunk.
 
 With z = x W^T + b and g = dloss/dz of a chunk, the gradients are g W of the inputs, g^T x of the weight, and sums of g
-of the bias.
+of the bias. They are linear in the upstream gradient: what forward wrote for one becomes another's by a factor.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
@@ -17,13 +16,17 @@ from torch.nn import functional as F
 
 from . import dispatch
 from .autograd import compute_loss
-from .chunks import KINDS, Chunk, Layer, is_on_host, labels_at_a_time, num_rows, walk
+from .chunks import KINDS, Layer, is_on_host, walk
 from .compiled import register
 from .families import Family, Gradients, Saved, Shape, Wanted
+from .products import Losses, Products, matmul, rounded, scale_of
 from .upstream import Expected, UpstreamMemory, number_that_came
 
 if dispatch.TRITON_ERROR is None:
-    from ..kernels.passes import rescale_launcher
+    from ..kernels.upstream import rescale_launcher
+
+# Gradients are written for upstreams in this range only: beyond it one of them could leave that of float32.
+_SMALLEST, _LARGEST = 2.0**-32, 2.0**32
 
 
 class Call(NamedTuple):
@@ -48,40 +51,48 @@ def linear_loss(call: Call) -> Tensor:
     return compute_loss(family, spec, operands, call.backend, call.memory)
 
 
-def linear_step(call: Call, update: Callable[[slice, Tensor, Tensor | None], None]) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient in the inputs in the dtype of the computation.
+class Step:
+    """One pass over a call that holds no gradient of the weight.
 
-    The gradients of weight and bias go to ``update``, some labels at a time, and are nowhere held as a whole.
+    Iterating gives labels, and the gradients of their weights and biases in the dtype of the computation, which may be
+    written to. Afterwards there are the loss, and its gradient in the inputs in that dtype.
     """
-    spec, layer = call.spec, call.layer
-    layer = layer._replace(inputs=layer.inputs.detach())
-    if not call.operands.inputs.numel():
-        return layer.inputs.new_zeros((), dtype=spec.loss_dtype), torch.zeros_like(
-            layer.inputs, dtype=spec.compute_dtype
-        )
-    with torch.no_grad(), _without_autocast(layer):
+
+    loss: Tensor
+    of_inputs: Tensor
+
+    def __init__(self, call: Call) -> None:
+        self._call = call._replace(layer=call.layer._replace(inputs=call.layer.inputs.detach()))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        call, spec, layer = self._call, self._call.spec, self._call.layer
+        if not call.operands.inputs.numel():
+            self.loss = layer.inputs.new_zeros((), dtype=spec.loss_dtype)
+            self.of_inputs = torch.zeros_like(layer.inputs, dtype=spec.compute_dtype)
+            return
         # All rows in one chunk: a label is updated once.
-        layer = layer._replace(chunk=layer.chunk or labels_at_a_time(layer, num_rows(layer)).labels)
         way = walk(call.family, call.backend, spec, call.operands, layer, all_rows=True)
         scale = scale_of(way.denominator, None, on_host=is_on_host(call.backend, layer))
         products = Products(layer, spec, scale, Wanted(inputs=True), in_one=True)
-        losses = _Losses(call.family, spec, call.operands)
+        losses = Losses(call.family, spec, call.operands)
         for chunk in way.chunks:
             losses.add(chunk)
             products.add(chunk)  # before the weight is another
             slope = cast(Tensor, chunk.slope)
             of_bias = None if layer.linear_bias is None else slope.sum(0, dtype=spec.compute_dtype) * scale
-            update(chunk.labels, matmul(slope.t(), chunk.inputs, spec.compute_dtype) * scale, of_bias)
-        return losses.reduced(way.denominator), cast(Tensor, products.sums_of_inputs())
+            yield chunk.labels, matmul(slope.t(), chunk.inputs, spec.compute_dtype) * scale, of_bias
+        self.loss, self.of_inputs = losses.reduced(way.denominator), cast(Tensor, products.kept().inputs)
 
 
 def _split(name: str, spec: Any, operands: Any) -> tuple[Any, Any, Layer]:
     """The family's own spec and operands, with a tensor of the logits' shape that takes no memory; and the layer."""
     family, fields = KINDS[name].family, operands._asdict()
-    layer = Layer(fields["inputs"], fields.pop("linear_weight"), fields.pop("linear_bias"), *spec[-2:])
+    of_layer = fields["inputs"], fields.pop("linear_weight"), fields.pop("linear_bias")
+    layer = Layer(*of_layer, spec.logits_dtype, spec.chunk)
     shape = (*layer.inputs.shape[:-1], len(layer.linear_weight))
     fields["inputs"] = layer.inputs.new_empty((), dtype=layer.logits_dtype).expand(shape)
-    return family.spec(*spec[:-2]), family.operands(**fields), layer
+    own = family.spec(*spec[: len(family.spec._fields)])  # type: ignore[attr-defined]
+    return own, family.operands(**fields), layer
 
 
 def logits(layer: Layer) -> Tensor:
@@ -91,69 +102,9 @@ def logits(layer: Layer) -> Tensor:
     return F.linear(layer.inputs.to(dtype), layer.linear_weight.to(dtype), bias)
 
 
-class Products:
-    """The layer's gradients, ``scale`` times what the chunks add up to."""
-
-    def __init__(self, layer: Layer, spec: Any, scale: float | Tensor, wanted: Wanted, *, in_one: bool) -> None:
-        self._scale, self._compute_dtype, self._layer = scale, spec.compute_dtype, layer
-        inputs, weight, bias = layer[:3]
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        # Sums of several chunks are added up in the dtype of the computation.
-        one_chunk = {} if in_one else {"dtype": spec.compute_dtype}
-        self._of_inputs = rows.new_empty(rows.shape, dtype=spec.compute_dtype) if wanted.inputs else None
-        self._of_weight = weight.new_empty(weight.shape, **one_chunk) if wanted.linear_weight else None
-        self._of_bias = cast(Tensor, bias).new_empty(len(weight), **one_chunk) if wanted.linear_bias else None
-
-    def add(self, chunk: Chunk) -> None:
-        if self._of_inputs is not None:
-            self._write(self._of_inputs[chunk.rows], *chunk.product(False), added=chunk.labels.start > 0)
-        if self._of_weight is not None:
-            self._write(self._of_weight[chunk.labels], *chunk.product(True), added=chunk.rows.start > 0)
-        if self._of_bias is not None:
-            total = cast(Tensor, chunk.slope).sum(0, dtype=self._compute_dtype) * self._scale
-            of_labels = self._of_bias[chunk.labels]
-            of_labels.copy_(of_labels + total if chunk.rows.start > 0 else total)
-
-    def _write(self, out: Tensor, a: Tensor, b: Tensor, *, added: bool) -> None:
-        if not isinstance(self._scale, Tensor) and out.dtype == a.dtype == self._compute_dtype:
-            torch.addmm(out, a, b, beta=float(added), alpha=self._scale, out=out)
-            return
-        product = matmul(a, b, self._compute_dtype) * self._scale
-        out.copy_(out + product if added else product)
-
-    def sums_of_inputs(self) -> Tensor | None:
-        """That of the inputs, in the dtype of the computation."""
-        return None if self._of_inputs is None else self._of_inputs.view(self._layer.inputs.shape)
-
-    def gradients(self) -> Gradients:
-        inputs, weight, bias = self._layer[:3]
-        sums = self.sums_of_inputs()
-        of_inputs = None if sums is None else sums.to(inputs.dtype)
-        of_weight = None if self._of_weight is None else self._of_weight.to(weight.dtype)
-        of_bias = None if self._of_bias is None else self._of_bias.to(cast(Tensor, bias).dtype)
-        return Gradients(of_inputs, linear_weight=of_weight, linear_bias=of_bias)
-
-
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product of the operands' dtype, not rounded to it."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-def scale_of(count: int | Tensor, upstream: Tensor | None, *, on_host: bool) -> float | Tensor:
-    """What multiplies the gradients: a number where a look is free."""
-    if on_host:
-        return _number(upstream) / _number(count)
-    return (1.0 if upstream is None else upstream) / count
-
-
-def _number(value: int | Tensor | None) -> float:
-    if value is None:
-        return 1.0
-    return float(value.item() if isinstance(value, Tensor) else value)
+def without_autocast(layer: Layer) -> Any:
+    """What autocast asks for is in the logits' dtype."""
+    return torch.autocast(layer.inputs.device.type, enabled=False)
 
 
 def _forward_of(name: str) -> Callable[..., tuple[Tensor, Saved]]:
@@ -161,53 +112,27 @@ def _forward_of(name: str) -> Callable[..., tuple[Tensor, Saved]]:
         backend: str, spec: Any, operands: Any, expected: Expected | None, wanted: Wanted
     ) -> tuple[Tensor, Saved]:
         own, made, layer = _split(name, spec, operands)
-        note = None if expected is None else expected.value
-        if note is not None and backend == "triton":
-            note = note.clone()  # a kernel writes into the memory
-        with _without_autocast(layer):
+        note = _note(expected, own, layer, backend) if any(wanted) else None
+        with without_autocast(layer):
             way = walk(name, backend, own, made, layer, with_slope=any(wanted))
             scale = scale_of(way.denominator, note, on_host=is_on_host(backend, layer))
             products = Products(layer, own, scale, wanted, in_one=way.in_one)
-            losses = _Losses(name, own, made)
+            losses = Losses(name, own, made)
             for chunk in way.chunks:
                 losses.add(chunk)
                 products.add(chunk)
-            return losses.reduced(way.denominator), Saved(products.gradients(), note=note)
+            return losses.reduced(way.denominator), Saved(products.kept(), note=note)
 
     return forward
 
 
-def _without_autocast(layer: Layer) -> Any:
-    """What autocast asks for is in the logits' dtype."""
-    return torch.autocast(layer.inputs.device.type, enabled=False)
-
-
-class _Losses:
-    """Of the chunks, together."""
-
-    def __init__(self, name: str, spec: Any, operands: Any) -> None:
-        self._sums: list[Tensor] = []
-        self._dtype: torch.dtype = spec.loss_dtype
-        self._each: Tensor | None = None
-        if spec.reduction == "none":
-            shape = KINDS[name].family.loss_shape(spec, operands)
-            self._each = operands.inputs.new_empty(shape, dtype=spec.loss_dtype)
-            self._by_row = self._each.view(-1, shape[-1]) if name == "sigmoid" else self._each.view(-1, 1)
-
-    def add(self, chunk: Chunk) -> None:
-        loss = cast(Tensor, chunk.loss)
-        if self._each is None:
-            self._sums.append(loss)
-        elif loss.dim() == 2:
-            self._by_row[chunk.rows, chunk.labels] = loss
-        else:
-            self._by_row[chunk.rows, 0] = loss
-
-    def reduced(self, count: int | Tensor) -> Tensor:
-        if self._each is not None:
-            return self._each
-        total: Tensor = torch.stack(self._sums).sum() / count
-        return total.to(self._dtype)
+def _note(expected: Expected | None, spec: Any, layer: Layer, backend: str) -> Tensor:
+    """The upstream that gradients are written for, in []."""
+    if expected is not None and backend == "triton":
+        return expected.value.clone()  # into which a kernel writes, but nothing out of the range
+    if expected is not None and _SMALLEST <= abs(expected.value.item()) <= _LARGEST:
+        return expected.value
+    return layer.inputs.new_ones((), dtype=spec.compute_dtype)
 
 
 def _backward_of(name: str) -> Callable[..., Gradients]:
@@ -221,71 +146,51 @@ def _backward_of(name: str) -> Callable[..., Gradients]:
         wanted: Wanted,
     ) -> Gradients:
         own, made, layer = _split(name, spec, operands)
-        on_host = is_on_host(backend, layer)
-        written = any(grad is not None for grad in saved.grads)
-        each: Tensor | None = None
+
+        def kept(value: Tensor | None, each: Tensor | None = None) -> Gradients:
+            """For an upstream, or one of ``each`` loss."""
+            with without_autocast(layer):
+                way = walk(name, backend, own, made, layer, each)
+                scale = scale_of(way.denominator, value, on_host=is_on_host(backend, layer))
+                products = Products(layer, own, scale, wanted, in_one=way.in_one)
+                for chunk in way.chunks:
+                    products.add(chunk)
+                return products.kept()
+
         if any(upstream.stride()):
             each = upstream.reshape(-1, upstream.shape[-1]) if name == "sigmoid" else upstream.reshape(-1)
+            return rounded(kept(None, each), layer)
         came = upstream.as_strided((), ())
-        number = number_that_came(came, expected) if on_host and each is None else None
+        if own.reduction == "none":  # one value for all
+            own = own._replace(reduction="sum")
+        number = number_that_came(came, expected) if backend == "eager" else None
+        direct = saved.note is None or (number is not None and _loses_digits(number, saved.note, layer))
+        if direct:
+            return rounded(kept(came.to(own.compute_dtype)), layer)
         # What is computed once more takes the way that forward's took, and ends with the same bits.
-        from_note = own.reduction != "none" and (not on_host or _can_rescale(saved.note, cast(float, number), layer))
-        grads = saved.grads
-        if not (written and from_note):
-            scale = None if each is not None else saved.note if from_note else came.to(own.compute_dtype)
-            if each is None and own.reduction == "none":  # one value for all
-                own = own._replace(reduction="sum")
-            grads = _gradients(name, backend, own, made, layer, each, scale, wanted)
-        if from_note:
-            _rescale(grads, saved.note, came, number, expected)
-        return grads
+        written = any(grad is not None for grad in saved.grads)
+        found = saved.grads if written else kept(saved.note)
+        _rescale(found, cast(Tensor, saved.note), came, number, expected)
+        return rounded(found, layer)
 
     return backward
 
 
-def _gradients(
-    name: str,
-    backend: str,
-    spec: Any,
-    operands: Any,
-    layer: Layer,
-    each: Tensor | None,
-    upstream: Tensor | None,
-    wanted: Wanted,
-) -> Gradients:
-    """For an upstream, or one of ``each`` loss."""
-    with _without_autocast(layer):
-        way = walk(name, backend, spec, operands, layer, each, with_loss=False)
-        scale = scale_of(way.denominator, upstream, on_host=is_on_host(backend, layer))
-        products = Products(layer, spec, scale, wanted, in_one=way.in_one)
-        for chunk in way.chunks:
-            products.add(chunk)
-        return products.gradients()
+def _loses_digits(number: float, note: Tensor, layer: Layer) -> bool:
+    """Whether another factor would round a second time what is kept of a bfloat16 weight."""
+    return number != note.item() and layer.linear_weight.dtype == torch.bfloat16
 
 
-def _can_rescale(note: Tensor | None, number: float, layer: Layer) -> bool:
-    """Whether gradients for the upstream in the note can be made those of another and lose nothing."""
-    written = _number(note)
-    if number == written:
-        return True
-    if not math.isfinite(written) or written == 0:
-        return False
-    in_16_bits = any(tensor is not None and tensor.element_size() == 2 for tensor in layer[:3])
-    return not in_16_bits or abs(math.frexp(number / written)[0]) == 0.5
-
-
-def _rescale(
-    grads: Gradients, note: Tensor | None, came: Tensor, number: float | None, expected: Expected | None
-) -> None:
+def _rescale(kept: Gradients, note: Tensor, came: Tensor, number: float | None, expected: Expected | None) -> None:
     """Gradients for the upstream in the note as those of the one that came."""
     memory = None if expected is None else expected.value
-    for grad in grads:
+    for grad in kept:
         if grad is not None and number is None:
-            rescale_launcher(grad, came, note, memory)
-        elif grad is not None and number != _number(note):
+            rescale_launcher(grad, came, note, memory, smallest=_SMALLEST, largest=_LARGEST)
+        elif grad is not None and number is not None and number != note.item():
             # What is written is not what autograd saved for a second use: its version stays.
             with _unsafe_preserve_version_counter(grad):
-                grad.mul_(cast(float, number) / _number(note))
+                grad.mul_(number / note.item())
 
 
 def _register(name: str) -> Family:

@@ -47,7 +47,9 @@ class Ranks(NamedTuple):
         # Processes that call different things would wait for ever, or take some bytes for others.
         what += f", hidden {inputs.dtype}{' with gradient' * (inputs.requires_grad and torch.is_grad_enabled())}"
         numbers = torch.tensor([len(inputs), zlib.crc32(what.encode())], device=inputs.device)
-        table = self.table(numbers if counts is None else torch.cat([numbers, counts]))
+        # Of one length whatever is called, so that calls that differ are told.
+        counts = numbers.new_zeros(len(self.labels)) if counts is None else counts
+        table = self.table(torch.cat([numbers, counts]))
         if any(line[1] != table[self.rank][1] for line in table):
             raise ValueError(f"hidden: expected one call on all processes, got on rank {self.rank}: {what}")
         return self._replace(rows=[line[0] for line in table]), [line[2:] for line in table]

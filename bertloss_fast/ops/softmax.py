@@ -122,7 +122,7 @@ def _forward(
     room: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     num_rows_of = operands.inputs.shape[:-1]
-    grads = _new_gradients(operands, wanted) if room is None else Gradients(room)
+    grads = _new_gradients(operands, wanted) if room is None else Gradients(room if wanted.inputs else None)
     rows, flat = as_rows(operands), _flat(grads)
     counted, divided = _denominators(spec, rows, backend)
     if backend == "triton":
