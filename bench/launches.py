@@ -12,7 +12,7 @@ from bertloss_fast.kernels.elements import Matrices
 from bertloss_fast.kernels.formulas import Values
 from bertloss_fast.kernels.pointwise import Gradients, pointwise_launcher
 from bertloss_fast.kernels.sigmoid import sigmoid_launcher
-from bertloss_fast.kernels.upstream import Upstream
+from bertloss_fast.kernels.upstream import Upstream, rescale_launcher
 from torch import Tensor
 
 _empty = partial(torch.empty, device="meta")
@@ -148,7 +148,7 @@ class Pointwise(NamedTuple):
 class Pass(NamedTuple):
     """A pass before a loss, or the sum after it."""
 
-    kind: str  # "count", "positives", "row sums", "histogram" or "sum"
+    kind: str  # "count", "positives", "row sums", "histogram", "sum" or "rescale"
     inputs: torch.dtype = torch.bfloat16
     targets: torch.dtype | str = torch.uint8
     mask: bool = False
@@ -168,6 +168,9 @@ class Pass(NamedTuple):
         )
         if self.kind == "sum":
             passes.sum_launcher(_empty(8192), _empty((), dtype=self.inputs), denominator=self.denominator)
+        elif self.kind == "rescale":
+            values, scalars = _empty(63063, dtype=self.inputs), [_empty(()) for _ in range(3)]
+            rescale_launcher(values, *scalars, smallest=1e-9, largest=1e9)
         elif self.kind == "row sums":
             weights = _empty(num_labels, dtype=dtype if self.targets == torch.float32 else torch.int64)
             passes.row_sum_launcher(matrices, weights, _empty(rows, dtype=dtype))

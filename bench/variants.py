@@ -204,6 +204,8 @@ PASSES: dict[str, Pass] = {
     "histogram sparse": Pass("histogram", targets="sparse"),
     "sum": Pass("sum", inputs=torch.float32),
     "sum bf16": Pass("sum", denominator=63),
+    "rescale": Pass("rescale", inputs=torch.float32),
+    "rescale bf16": Pass("rescale"),
 }
 
 VARIANTS: dict[str, Sigmoid | Lines | Pointwise | Rows | Pass] = {**SIGMOID, **LINES, **POINTWISE, **ROWS, **PASSES}

@@ -98,8 +98,9 @@ class ShardedHead(MultiLabelHead):
 
     Each process gives its own rows, maybe none, and gets the labels and gradients of these. The loss is that of all
     rows, the same on every process, and a mean divides by all that counts; ``normalizer`` and the upstream gradient
-    have to be the same too. A process that dies makes the others raise at once, and one that hangs after the process
-    group's timeout; so does one whose arguments alone do not fit.
+    have to be the same too. Where gloo connects them, a process that dies makes the others raise at once, and one that
+    hangs after the process group's timeout; so does one whose arguments alone do not fit. Each call waits for the
+    device, to know how many rows the others have.
 
     The gradients are those of this one loss. The head's own are whole, and it stays outside of
     DistributedDataParallel. That of an encoder's weights is the sum of what the processes have, of which

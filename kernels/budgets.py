@@ -201,4 +201,6 @@ PASSES = {
     "histogram soft": Budget(49, 3),
     "histogram smoothing": Budget(50, 3),
     "histogram sparse": Budget(58, 3),
+    "rescale": Budget(7, 0),
+    "rescale bf16": Budget(9, 0),
 }

@@ -296,8 +296,6 @@ def several_dimensions(here: Here) -> None:
     """Each half of the processes holds a head."""
     mesh = init_device_mesh(here.device, (2, 2), mesh_dim_names=("data", "labels"))
     one = make(here.device, None, 10)
-    with torch.no_grad():
-        one.weight += 0 * here.rank
     hidden, targets = features(here), random(sum(ROWS[4]), 10, seed=1) < 0.4
     rows = torch.split(torch.arange(len(hidden)), ROWS[4])
     group = here.rank // 2 * 2
@@ -307,6 +305,8 @@ def several_dimensions(here: Here) -> None:
         assert split.weight.placements == (Replicate(), Shard(0))
         assert len(split.weight.to_local()) == 5
         near(split(hidden[here.rows], targets[here.rows]), one(hidden[mine], targets[mine]))
+        with pytest.raises(ValueError, match=r"^mesh: expected one dimension, since a fused step has no gradient"):
+            split.fused_step(hidden[here.rows], targets[here.rows], bf.HeadSGD(0.1))
     for dim, text in ((None, "got None"), ("rows", "'rows'"), (2, "got 2"), (-1, "got -1")):
         with pytest.raises(
             ValueError, match=f"^dim: expected one of the mesh's 2 dimensions, 'data', 'labels'.*{text}"
@@ -333,8 +333,8 @@ def errors(here: Here) -> None:
         (ValueError, "reduction: .* 'none'", lambda: shard_head(make("cpu", bf.SigmoidFocalLoss(), 10), mesh)),
         (ValueError, "same_rows: .* dropout", lambda: shard_head(dropping, mesh, same_rows=True)),
         (TypeError, "targets: expected labels, got None", lambda: split(hidden)),
-        (ValueError, "linear_weight: expected shape .L, 5.", lambda: split(hidden[:, :5], targets)),
-        (ValueError, "linear_weight: expected shape .L, 5.", lambda: split.topk(hidden[:, :5], 2)),
+        (ValueError, "hidden: expected shape .*, got", lambda: split(hidden[:, :5], targets)),
+        (ValueError, "hidden: expected shape .*, got", lambda: split.topk(hidden[:, :5], 2)),
         (ValueError, "target: expected shape", lambda: split(hidden, targets[:, :4])),
         (ValueError, "targets: .* without gradient", lambda: split(hidden, targets.double().requires_grad_())),
         (ValueError, "mask: expected shape", lambda: split(hidden, targets, mask=targets[:, :4])),
@@ -356,6 +356,9 @@ def errors(here: Here) -> None:
             split(hidden, mixed)
         with pytest.raises(ValueError, match=r"^hidden: expected one call on all processes, got on rank .*topk"):
             split.topk(hidden, 2 + here.rank)
+        sparse = bf.SparseLabels.from_dense(targets) if here.rank else None
+        with pytest.raises(ValueError, match=r"^hidden: expected one call on all processes"):
+            split.topk(hidden, 2) if sparse is None else split(hidden, sparse)
 
 
 def of_dtensor(split: ShardedHead, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -56,6 +56,53 @@ def test_on_a_side_stream() -> None:
     assert torch.equal(loss, expected)
 
 
+LINEAR = {"linear focal": bf.linear_sigmoid_focal_loss, "linear cross-entropy": bf.linear_cross_entropy}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_linear_layer_waits_for_nothing_and_is_right(name: str, dtype: torch.dtype) -> None:
+    hidden = torch.randn(64, 128, device=CUDA, dtype=dtype).requires_grad_()
+    weight = (torch.randn(5000, 128, device=CUDA) / 16).to(dtype).requires_grad_()
+    if name == "linear focal":
+        y: torch.Tensor | bf.SparseLabels = bf.SparseLabels.from_lists([[3, 4999]] * 64, 5000).to(CUDA)
+        options = {"reduction": "mean"}
+    else:
+        y, options = torch.randint(5000, (64,), device=CUDA), {"chunk_size": 16}
+    memory = bf.UpstreamMemory()
+
+    def run(*leaves: torch.Tensor, **more: object) -> torch.Tensor:
+        return LINEAR[name](leaves[0], leaves[1], y, **options, **more)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss = run(hidden, weight, upstream_memory=memory)
+        return loss, *torch.autograd.grad(loss, (hidden, weight), torch.full_like(loss, 0.5))
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in (hidden, weight))
+    true = run(*exact)
+    for value, expected in zip(found, (true, *torch.autograd.grad(0.5 * true, exact)), strict=True):
+        error = (value - expected).abs().max() / expected.abs().max()
+        assert error < {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_step_on_a_gpu(dtype: torch.dtype) -> None:
+    head = bf.MultiLabelHead(64, 3000, device=CUDA, dtype=dtype)
+    hidden, y = torch.randn(32, 64, device=CUDA, dtype=dtype), torch.rand(32, 3000, device=CUDA) < 0.01
+    before = head.weight.detach().clone()
+    (gradient,) = torch.autograd.grad(head(hidden, y), head.weight)
+    head.fused_step(hidden, y, bf.HeadSGD(1.0, momentum=0.5))
+    moved = (before.float() - head.weight.float()).detach()
+    tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * before.abs().max().item()
+    torch.testing.assert_close(moved, gradient.float(), rtol=1e-2, atol=tolerance)
+
+
 WAITING = [
     (loss, reduction)
     for loss in ("focal", "balanced", "ghm", "zlpr")

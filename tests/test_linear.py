@@ -297,7 +297,7 @@ def test_the_same_bits_again(backend: str, device: torch.device) -> None:
 
 
 def test_the_range_of_16_bits(backend: str, device: torch.device) -> None:
-    """What was rounded for one upstream would be lost for another: gradients near fp16's least, and beyond its greatest."""
+    """What was rounded for one upstream would be lost for another: gradients near fp16's least, or beyond it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 8, generator=generator).to(device, torch.float16).requires_grad_()
     weight = torch.randn(10, 8, generator=generator).to(device).requires_grad_()
