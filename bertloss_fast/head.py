@@ -84,7 +84,8 @@ class MultiLabelHead(nn.Module):
         prior: how probable labels are before training, a number or a tensor ``[L]``, from 0 to 1, of which 1e-12 and
             1 - 1e-12 are the ends; the bias begins with its logits, and else as in ``nn.Linear``.
         chunk_size: how many labels to take at a time; ``None`` for as many as stay in the cache.
-        device, dtype: of weight and bias.
+        device, dtype: of weight and bias. A head that is made on the meta device is given memory by ``to_empty`` and
+            values by ``reset_parameters`` or a state dict; a loss's tensors are to be given to it anew then.
 
     Shape:
         hidden ``[..., D]`` and targets ``[..., L]``, dense or :class:`SparseLabels`, give the loss; hidden alone gives
@@ -131,7 +132,9 @@ class MultiLabelHead(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
         self.dropout = nn.Dropout(check_number("dropout", dropout, 0, 1))
-        self.loss = _own(SigmoidFocalLoss(reduction="batchmean") if loss is None else loss).to(self.weight.device)
+        self.loss = _own(SigmoidFocalLoss(reduction="batchmean") if loss is None else loss)
+        if not self.weight.is_meta:  # where the loss's tensors would be lost
+            self.loss.to(self.weight.device)
         if prior is not None and not bias:
             raise ValueError("prior: expected None without a bias, which it would be")
         self._prior = None if prior is None else self._probabilities("prior", prior)
