@@ -419,7 +419,7 @@ def test_a_module_expects_the_upstream_that_came_last(
 
     def spy(*arguments: Any) -> tuple[Tensor, Saved]:
         value, saved = forward(*arguments)
-        for grad in saved[:2]:
+        for grad in saved.grads[:2]:
             grad.fill_(7)
         return value, saved
 
@@ -445,7 +445,7 @@ def test_only_the_gradients_that_are_wanted(loss: str, device: torch.device, mon
 
     def spy(*arguments: Any) -> tuple[Tensor, Saved]:
         value, saved = forward(*arguments)
-        saves.append([grad is not None for grad in saved[:2]])
+        saves.append([grad is not None for grad in saved.grads[:2]])
         return value, saved
 
     monkeypatch.setattr(pointwise, "FAMILY", pointwise.FAMILY._replace(forward=spy))
