@@ -38,7 +38,7 @@ def pretrained_directory() -> Path:
 class PooledEncoder(nn.Module):
     """The pretrained MiniLM, the mean of its last hidden states, and the head that a subclass adds."""
 
-    head: nn.Linear
+    head: nn.Module
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
@@ -59,7 +59,11 @@ class PooledEncoder(nn.Module):
         return [torch.tensor(ids) for ids in encoded["input_ids"]]
 
     def forward(self, token_ids: list[Tensor]) -> Tensor:
-        """Logits `[N, L]` in float32, whatever precision the encoder runs in."""
+        """Logits `[N, L]`."""
+        return self.head(self.embed(token_ids))
+
+    def embed(self, token_ids: list[Tensor]) -> Tensor:
+        """What the head is given, `[N, D]`, in float32, whatever precision the encoder runs in."""
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(token_ids, batch_first=True, padding_value=padding).to(self.device)
         mask = ids != padding
@@ -67,7 +71,7 @@ class PooledEncoder(nn.Module):
         with torch.autocast(self.device.type, self.autocast_dtype if reduced else None, enabled=reduced):
             hidden = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         weights = mask.unsqueeze(-1).float()
-        return self.head((hidden.float() * weights).sum(1) / weights.sum(1))
+        return (hidden.float() * weights).sum(1) / weights.sum(1)
 
     def scores(self, logits: Tensor) -> Tensor:
         """What `predict` returns of the logits."""
@@ -75,21 +79,26 @@ class PooledEncoder(nn.Module):
 
     @torch.inference_mode()
     def predict(self, token_ids: list[Tensor]) -> np.ndarray:
-        """Scores `[N, L]`. Texts of a length go together, so that little is padded."""
+        """Scores `[N, L]`."""
+        return self.scores(self.head(self.embed_all(token_ids))).cpu().numpy()
+
+    @torch.inference_mode()
+    def embed_all(self, token_ids: list[Tensor]) -> Tensor:
+        """Any number of texts, `[N, D]`. Those of a length go together, so that little is padded."""
         self.eval()
-        scores = np.empty((len(token_ids), self.head.out_features), dtype=np.float32)
+        embedded = torch.empty(len(token_ids), self.encoder.config.hidden_size, device=self.device)
         by_length = np.argsort([len(ids) for ids in token_ids], kind="stable")
         for start in range(0, len(by_length), PREDICTION_BATCH):
             rows = by_length[start : start + PREDICTION_BATCH]
-            scores[rows] = self.scores(self([token_ids[row] for row in rows])).cpu().numpy()
-        return scores
+            embedded[rows] = self.embed([token_ids[row] for row in rows])
+        return embedded
 
     def choose_precision(self, token_ids: list[Tensor]) -> None:
         """bfloat16 where it is faster, which is timed: 2.3 times with AVX-512 BF16, perhaps slower without."""
         seconds = {}
         for dtype in (torch.float32, torch.bfloat16):
             self.autocast_dtype = dtype
-            seconds[dtype] = min(_timed(self.predict, token_ids) for _ in range(3))
+            seconds[dtype] = min(_timed(self.embed_all, token_ids) for _ in range(3))
         self.autocast_dtype = min(seconds, key=lambda dtype: seconds[dtype])
 
     def seconds_per_text(self, token_ids: list[Tensor]) -> float:

@@ -3,11 +3,12 @@
 The baselines answer "is this better than something simple?". *Label frequency* gives every text the same scores: how
 often each label occurs. *TF-IDF nearest neighbour* copies the labels of the most similar training text. Every row of
 the table is judged alike: one threshold for all labels, tuned for micro-F1 on validation, used on the test split.
+Where the labels are too many for scores of all of them, a `Ranking` has those of the likeliest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,12 @@ class Figures:
     threshold: float
 
 
+FREQUENCY = "label frequency"
 NEIGHBOUR = "TF-IDF nearest neighbour"
+AT = (1, 3, 5)
+RANKED = 50
+"""Labels of a text that a `Ranking` has for tuning the threshold; no text has as many."""
+TEXTS_AT_A_TIME = 256
 COLUMNS = ("P@1", "P@3", "P@5", "micro-F1", "macro-F1", "head", "middle", "tail")
 
 
@@ -50,6 +56,13 @@ class Row(NamedTuple):
     name: str
     figures: Figures
     test_scores: np.ndarray
+
+
+class Ranking(NamedTuple):
+    """The likeliest labels of each text, those first, and their scores: `[N, k]` each."""
+
+    labels: np.ndarray
+    scores: np.ndarray
 
 
 class Targets(NamedTuple):
@@ -74,20 +87,30 @@ def precision_at(k: int, truth: np.ndarray, scores: np.ndarray) -> float:
     return float(np.take_along_axis(truth, best, axis=1).sum() / (k * len(truth)))
 
 
-def best_threshold(truth: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold, one for all labels, with the highest micro-F1."""
-    precision, recall, thresholds = precision_recall_curve(truth.ravel(), scores.ravel(), drop_intermediate=True)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return float(thresholds[f1[:-1].argmax()])
+def best_threshold(truth: np.ndarray, scores: np.ndarray, positives: int) -> float:
+    """The threshold, one for all labels, with the highest micro-F1; `positives` counts those without a score too."""
+    order = np.argsort(-scores, axis=None)
+    falling = scores.ravel()[order]
+    f1 = 2 * truth.ravel()[order].cumsum() / (positives + np.arange(1, len(order) + 1))
+    ends_a_tie = np.append(falling[1:] < falling[:-1], True)
+    return float(falling[np.where(ends_a_tie, f1, 0).argmax()])
 
 
 def judge(name: str, targets: Targets, scores: np.ndarray) -> Row:
     """`scores` are those of the validation texts and, below them, of the test texts."""
     validation_scores, test_scores = np.split(scores, [len(targets.validation)])
-    threshold = best_threshold(targets.validation, validation_scores)
+    threshold = best_threshold(targets.validation, validation_scores, targets.validation.sum())
     predicted = (test_scores >= threshold).astype(np.uint8)
-    per_label = f1_score(targets.test, predicted, average=None, zero_division=0)
-    occurs = targets.test.sum(axis=0) > 0
+    precision = [precision_at(k, targets.test, test_scores) for k in AT]
+    return Row(name, figures_of(targets.test, predicted, precision, threshold), test_scores)
+
+
+def figures_of(
+    truth: np.ndarray | csr_matrix, predicted: np.ndarray | csr_matrix, precision: Iterable[float], threshold: float
+) -> Figures:
+    """Of labels `[N, L]`, both dense or both sparse, and the precision at `AT`."""
+    per_label = f1_score(truth, predicted, average=None, zero_division=0)
+    occurs = np.asarray(truth.sum(axis=0)).ravel() > 0
 
     def macro(labels: np.ndarray) -> float | None:
         judged = labels[occurs[labels]]
@@ -95,18 +118,32 @@ def judge(name: str, targets: Targets, scores: np.ndarray) -> Row:
 
     labels = np.arange(len(occurs))
     head, middle, tail = np.array_split(labels, 3)
-    figures = Figures(
-        p_at_1=precision_at(1, targets.test, test_scores),
-        p_at_3=precision_at(3, targets.test, test_scores),
-        p_at_5=precision_at(5, targets.test, test_scores),
-        micro_f1=float(f1_score(targets.test, predicted, average="micro", zero_division=0)),
-        macro_f1=macro(labels),
-        macro_f1_head=macro(head),
-        macro_f1_middle=macro(middle),
-        macro_f1_tail=macro(tail),
-        threshold=threshold,
-    )
-    return Row(name, figures, test_scores)
+    micro = float(f1_score(truth, predicted, average="micro", zero_division=0))
+    return Figures(*precision, micro, macro(labels), macro(head), macro(middle), macro(tail), threshold)
+
+
+def is_right(truth: csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """Whether a text has the label, `[N, k]`; labels beyond the columns of `truth` no text has."""
+    width = max(truth.shape[1], labels.max() + 1)
+    rows, columns = truth.nonzero()
+    return np.isin(np.arange(len(labels))[:, None] * width + labels, rows.astype(np.int64) * width + columns)
+
+
+def threshold_of(truth: csr_matrix, ranking: Ranking) -> float:
+    return best_threshold(is_right(truth, ranking.labels), ranking.scores, truth.nnz)
+
+
+def precisions(truth: csr_matrix, labels: np.ndarray) -> list[float]:
+    """At `AT`, of each text's likeliest labels `[N, k]`."""
+    right = is_right(truth, labels)
+    return [float(right[:, :k].sum() / (k * len(right))) for k in AT]
+
+
+def judge_rankings(validation: csr_matrix, test: csr_matrix, of_validation: Ranking, of_test: Ranking) -> Figures:
+    threshold = threshold_of(validation, of_validation)
+    rows, places = np.nonzero(of_test.scores >= threshold)
+    cells = np.ones(len(rows), dtype=int), (rows, of_test.labels[rows, places])
+    return figures_of(test, csr_matrix(cells, test.shape), precisions(test, of_test.labels), threshold)
 
 
 def frequency_scores(train_targets: csr_matrix, texts: int) -> np.ndarray:
@@ -114,21 +151,48 @@ def frequency_scores(train_targets: csr_matrix, texts: int) -> np.ndarray:
 
 
 def neighbour_scores(train_texts: list[str], train_targets: csr_matrix, texts: list[str]) -> np.ndarray:
-    """1 for the nearest neighbour's labels, else 0; among equals the commoner label comes first."""
+    return copied_labels(train_targets, nearest(train_texts, texts))
+
+
+def nearest(train_texts: list[str], texts: list[str]) -> np.ndarray:
+    """The number of the most similar training text of each text."""
     vectorizer = TfidfVectorizer(sublinear_tf=True)
-    nearest = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute")
-    nearest.fit(vectorizer.fit_transform(train_texts))
-    rows = nearest.kneighbors(vectorizer.transform(texts), return_distance=False)[:, 0]
+    neighbours = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute")
+    neighbours.fit(vectorizer.fit_transform(train_texts))
+    return neighbours.kneighbors(vectorizer.transform(texts), return_distance=False)[:, 0]
+
+
+def copied_labels(train_targets: csr_matrix, rows: np.ndarray) -> np.ndarray:
+    """1 for the labels of these training texts, else 0; among equals the commoner label comes first."""
     tie_break = 0.1 * frequency_scores(train_targets, 1)
     return train_targets[rows].toarray().astype(np.float32) + tie_break
 
 
-def table(rows: list[Row]) -> str:
-    width = max(len(row.name) for row in rows)
+def frequency_ranking(train_targets: csr_matrix, texts: int) -> Ranking:
+    best = likeliest(frequency_scores(train_targets, 1))
+    return Ranking(*(np.repeat(part, texts, axis=0) for part in best))
+
+
+def neighbour_ranking(train_targets: csr_matrix, rows: np.ndarray) -> Ranking:
+    """Of `rows`, what `nearest` gave; the scores of all labels are held for a few texts at a time."""
+    starts = range(0, len(rows), TEXTS_AT_A_TIME)
+    parts = [likeliest(copied_labels(train_targets, rows[i : i + TEXTS_AT_A_TIME])) for i in starts]
+    return Ranking(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def likeliest(scores: np.ndarray) -> Ranking:
+    labels = np.argpartition(-scores, RANKED, axis=1)[:, :RANKED]
+    of_labels = np.take_along_axis(scores, labels, axis=1)
+    order = np.argsort(-of_labels, axis=1, kind="stable")
+    return Ranking(*(np.take_along_axis(part, order, axis=1) for part in (labels, of_labels)))
+
+
+def table(figures: dict[str, Figures]) -> str:
+    width = max(map(len, figures))
     lines = [" " * width + "".join(f"{column:>10}" for column in COLUMNS)]
-    for row in rows:
-        values = astuple(row.figures)[: len(COLUMNS)]
-        lines.append(f"{row.name:<{width}}" + "".join(f"{'-':>10}" if v is None else f"{v:10.3f}" for v in values))
+    for name, of_name in figures.items():
+        values = astuple(of_name)[: len(COLUMNS)]
+        lines.append(f"{name:<{width}}" + "".join(f"{'-':>10}" if v is None else f"{v:10.3f}" for v in values))
     return "\n".join(lines)
 
 

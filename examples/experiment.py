@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix
 from classifier import TextClassifier
 from clinical_codes import Family, Split, describe, labels_by_frequency, load_families, split_families
 from evaluation import (
+    FREQUENCY,
     NEIGHBOUR,
     Row,
     Targets,
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace, started: float) -> None:
     targets = Targets(train_targets, *(target_matrix(part, codes).toarray() for part in split[1:]))
 
     before = clock.elapsed()
-    frequency = judge("label frequency", targets, frequency_scores(train_targets, len(held_out)))
+    frequency = judge(FREQUENCY, targets, frequency_scores(train_targets, len(held_out)))
     neighbour = neighbour_row("", split.train, targets, held_out)
     baseline_seconds = clock.elapsed() - before
 
@@ -135,8 +136,10 @@ def run(options: argparse.Namespace, started: float) -> None:
 
 
 def new_model(codes: list[str], train_targets: csr_matrix, seed: int, device: torch.device) -> TextClassifier:
+    """Where `train_targets` have more columns than there are codes, these are labels that no text has."""
     torch.manual_seed(seed)
-    model = TextClassifier(codes, [describe(code) for code in codes])
+    unused = [f"unused {column}" for column in range(len(codes), train_targets.shape[1])]
+    model = TextClassifier(codes + unused, [describe(code) for code in codes] + unused)
     start_head_at_prior(model, train_targets)
     return model.to(device)
 
@@ -170,7 +173,7 @@ def summary(rows: list[Row], targets: Targets, history: History) -> str:
         "split; head, middle and tail are thirds of all labels by frequency in training."
     )
     heading = f"On {len(targets.test):,} test texts, after {history.examples:,} examples in {history.seconds:.0f} s:"
-    return f"\n{heading}\n\n{table(rows)}\n\n{fill(notes, WIDTH)}"
+    return f"\n{heading}\n\n{table({row.name: row.figures for row in rows})}\n\n{fill(notes, WIDTH)}"
 
 
 def show_texts(model: TextClassifier, families: list[Family]) -> None:
@@ -191,7 +194,7 @@ def make_report(
     rows: list[Row],
 ) -> dict[str, Any]:
     return {
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": describe_options(options),
         "machine": describe_machine(model),
         "data": {
             "labels": len(model.codes),
@@ -200,16 +203,24 @@ def make_report(
             "test": len(split.test),
             "labels_with_test_positives": int(targets.test.any(axis=0).sum()),
         },
-        "training": {
-            "seconds": round(history.seconds, 1),
-            "steps": len(history.losses),
-            "examples": history.examples,
-            "texts_seen": int(history.seen.sum()),
-            "examples_per_second": round(history.examples / history.seconds, 1),
-            "last_loss": history.losses[-1][1],
-            "interrupted": history.interrupted,
-        },
+        "training": describe_training(history),
         "figures": {row.name: asdict(row.figures) for row in rows},
+    }
+
+
+def describe_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def describe_training(history: History) -> dict[str, Any]:
+    return {
+        "seconds": round(history.seconds, 1),
+        "steps": len(history.losses),
+        "examples": history.examples,
+        "texts_seen": int(history.seen.sum()),
+        "examples_per_second": round(history.examples / history.seconds, 1),
+        "last_loss": history.losses[-1][1],
+        "interrupted": history.interrupted,
     }
 
 

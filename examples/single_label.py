@@ -26,7 +26,7 @@ from bertloss_fast import CrossEntropyLoss, DistillationLoss, LDAMLoss, SoftmaxF
 from classifier import PooledEncoder
 from experiment import LEAST_TRAINING_SHARE, WIDTH, Clock, OptionError, choose_device, describe_machine, make_directory
 from single_label_texts import Example, Texts, load
-from training import History, descend
+from training import History, by_autograd, descend, until
 
 MAX_TOKENS = 48
 LEARNING_RATE, HEAD_LEARNING_RATE = 6e-4, 5e-3
@@ -236,7 +236,8 @@ def train(
 
     model.train()
     lengths = np.array([len(ids) for ids in token_ids])
-    return descend(loss_of, model.parameter_groups(), lengths, options, seconds)
+    pace = until(seconds, len(lengths), options.epochs)
+    return descend(by_autograd(loss_of), model.parameter_groups(), lengths, options, pace)
 
 
 def data_sentence(options: argparse.Namespace, texts: Texts) -> str:

@@ -72,7 +72,6 @@ def text_to_label(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    seed = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
     gamma = number(float, lambda value: value >= 0, "a number of at least 0")
     parser = argparse.ArgumentParser(
         description="Trains a text classifier on clinical codes with a loss of bertloss_fast and says how good it is."
@@ -83,9 +82,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gamma", type=gamma, help="focusing of the focal loss (default 2)")
     add("--alpha", type=alpha, help="weight of the positives in the focal loss, 0 to 1, or none (default none)")
     add("--labels", type=count, help="how many labels, the commonest first (default 1000)")
-    add("--minutes", type=positive, default=3.0, help="of the whole script, evaluation included (default %(default)g)")
     add("--epochs", type=positive, help="at most so many passes over the training texts (default: until time is up)")
     add("--batch-size", type=count, default=32, help="texts in a step (default %(default)s)")
+    add_options_of_a_run(parser)
+    add("--text", type=text_to_label, help="label this text with the saved checkpoint; no training")
+    return parser
+
+
+def add_options_of_a_run(parser: argparse.ArgumentParser) -> None:
+    seed = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
+    add = parser.add_argument
+    add("--minutes", type=positive, default=3.0, help="of the whole script, evaluation included (default %(default)g)")
     add("--limit", type=limit, help="use only so many of the 36,227 families of codes (default: all)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add(
@@ -95,8 +102,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the first weights and the order of the texts; the split stays (default 0)",
     )
     add("--runs", type=Path, default=Path("runs"), metavar="DIRECTORY", help="where results go (default %(default)s)")
-    add("--text", type=text_to_label, help="label this text with the saved checkpoint; no training")
-    return parser
 
 
 def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -54,13 +54,22 @@ The elementwise ones sum over labels: a mean over 1000 of them would leave the f
 
 @dataclass
 class History:
-    """What training did. `losses` holds, for each step, the second and the loss; `seen` marks the texts trained on."""
+    """What training did. `losses` holds, for each step, the second and the loss, and `progress` how far training had
+    come, from 0 to 1; `seen` marks the texts trained on."""
 
     seen: np.ndarray
     losses: list[tuple[float, float]] = field(default_factory=list)
+    progress: list[float] = field(default_factory=list)
     examples: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+
+
+Learn = Callable[[np.ndarray, float], Tensor]
+"""Leaves the gradients of the texts with these row numbers in the parameters, and returns their loss. The number is the
+schedule's factor, for who updates parameters without the optimizer."""
+Pace = Callable[[History], float]
+"""How far training has come after a step; at 1 it ends."""
 
 
 def make_loss(options: argparse.Namespace, train_label_counts: Tensor, num_samples: int) -> nn.Module:
@@ -122,45 +131,66 @@ def train(
         labels = sparse_labels(targets[rows]).to(model.device)
         return compute_loss(model([token_ids[row] for row in rows]), labels)
 
-    encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
-    groups = [{"params": encoder, "lr": LEARNING_RATE}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}]
     lengths = np.array([len(ids) for ids in token_ids])
     model.train()
-    return descend(loss_of, groups, lengths, options, seconds)
+    pace = until(seconds, len(lengths), options.epochs)
+    return descend(by_autograd(loss_of), parameter_groups(model), lengths, options, pace)
+
+
+def parameter_groups(model: TextClassifier) -> list[dict[str, Any]]:
+    """The encoder's and the head's."""
+    encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
+    return [{"params": encoder, "lr": LEARNING_RATE}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}]
+
+
+def by_autograd(loss_of: Callable[[np.ndarray], Tensor]) -> Learn:
+    def learn(rows: np.ndarray, factor: float) -> Tensor:
+        loss = loss_of(rows)
+        loss.backward()
+        return loss
+
+    return learn
+
+
+def until(seconds: float, texts: int, epochs: float | None = None, steps: int | None = None) -> Pace:
+    """The end is after `seconds`, passes over so many texts, or steps, whichever comes first."""
+
+    def pace(history: History) -> float:
+        return max(
+            history.seconds / max(seconds, 1e-9),
+            history.examples / texts / (epochs or np.inf),
+            len(history.losses) / (steps or np.inf),
+        )
+
+    return pace
 
 
 def descend(
-    loss_of: Callable[[np.ndarray], Tensor],
-    groups: list[dict[str, Any]],
-    lengths: np.ndarray,
-    options: argparse.Namespace,
-    seconds: float,
+    learn: Learn, groups: list[dict[str, Any]], lengths: np.ndarray, options: argparse.Namespace, pace: Pace
 ) -> History:
-    """Takes steps for `seconds` or `options.epochs`, whichever ends first, and one at least.
-
-    `loss_of` gives the loss of the texts with these row numbers, `groups` what AdamW moves and how fast.
-    """
-    optimizer = torch.optim.AdamW(groups)
+    """Takes a step at least; `groups` say what AdamW moves and how fast. The learning rates follow `pace`."""
+    optimizer = torch.optim.AdamW(groups, fused=True)  # else it takes temporaries as large as the parameters
     progress = 0.0
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((progress + 0.01) / WARM_UP, (1 - progress) / (1 - WARM_UP), 1.0)
-    )
+
+    def factor() -> float:
+        return min((progress + 0.01) / WARM_UP, (1 - progress) / (1 - WARM_UP), 1.0)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor())
     history = History(seen=np.zeros(len(lengths), dtype=bool))
     bar_format = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, mininterval=0.5, bar_format=bar_format)
     start = time.monotonic()
     with stop_request() as asked, bar:
         for rows in endless_batches(lengths, options.batch_size, np.random.default_rng(options.seed)):
-            loss = loss_of(rows)
-            optimizer.zero_grad()
-            loss.backward()
+            optimizer.zero_grad()  # before forward, in which a fused head makes its gradients
+            loss = learn(rows, factor())
             optimizer.step()
             history.seen[rows] = True
             history.examples += len(rows)
             history.seconds = time.monotonic() - start
             history.losses.append((history.seconds, loss.item()))
-            epochs_done = history.examples / len(lengths)
-            progress = min(1.0, max(history.seconds / max(seconds, 1e-9), epochs_done / (options.epochs or np.inf)))
+            progress = min(1.0, pace(history))
+            history.progress.append(progress)
             schedule.step()
             recent = np.mean([value for _, value in history.losses[-20:]])
             bar.set_postfix_str(

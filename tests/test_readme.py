@@ -23,7 +23,7 @@ BLOCKS = [
     for number, (language, text) in enumerate(BLOCK.findall(page.read_text()))
 ]
 # Programs that take minutes are shown to start: their own tests run them through.
-LONG = ("examples/train_multilabel.py", "examples/train_multiclass.py", "bench", "bench.sass")
+LONG = ("examples/train_multilabel.py", "examples/train_multiclass.py", "examples/train_xmc.py", "bench", "bench.sass")
 SHORT = {program: ["--help"] for program in LONG}
 
 

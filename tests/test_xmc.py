@@ -174,7 +174,7 @@ def test_a_bad_option_gets_a_sentence(
 
 
 def test_fewer_labels_than_the_texts_have_get_a_sentence(example: Example) -> None:
-    with pytest.raises(example("experiment").OptionError, match="5 labels: the texts have"):
+    with pytest.raises(example("experiment").OptionError, match="5 labels are fewer than the texts have"):
         example("many_labels").load_data(options_of(example), 5)
 
 
