@@ -15,8 +15,10 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +128,7 @@ def load_data(options: argparse.Namespace, num_labels: int | None) -> Data:
 def prepare(head: str, options: argparse.Namespace, num_labels: int | None, precision: torch.dtype | None) -> Ready:
     """Everything before the first step. It is the same work where a precision is given: what the process takes once, at
     its first predictions, is then in no head's peak. The model has a linear layer, which a fused head takes over."""
+    end_with_parent()
     data, device = load_data(options, num_labels), choose_device(options.device)
     check_size(head, data.num_labels, options.batch_size, device)
     targets = data.train.copy()
@@ -137,6 +140,17 @@ def prepare(head: str, options: argparse.Namespace, num_labels: int | None, prec
     start = time.perf_counter()
     rank(fused(model.head), model.embed_all(token_ids[:256]))
     return Ready(data, model, token_ids, (time.perf_counter() - start) / len(token_ids[:256]))
+
+
+def end_with_parent() -> None:
+    """What ends the script without Ctrl-C, as `kill` does, would else leave this process to train on."""
+
+    def wait(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    if (parent := parent_process()) is not None:
+        threading.Thread(target=wait, args=(parent,), daemon=True).start()
 
 
 def check_size(head: str, num_labels: int, batch_size: int, device: torch.device) -> None:
