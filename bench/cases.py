@@ -34,7 +34,7 @@ class Case:
 
     ``pages`` matters on a CPU only: whether the allocator keeps freed memory, or hands it back and has the system clear
     fresh pages for every large tensor. Left alone, glibc does either at this size, by luck, and PyTorch's dozen
-    temporaries take four times as long with the one as with the other.
+    temporaries take four times as long with the one as with the other. "default" leaves glibc alone.
 
     Targets are labels, a class a row, or the logits of a teacher. Without a ``target_dtype`` labels are SparseLabels,
     which a peer gets as a dense tensor of bytes. Every tenth label is positive, or ``labels_per_row`` of them.
@@ -79,7 +79,7 @@ class Case:
             targets = "classes" if self.targets == "classes" else "a teacher's logits"
         per_row = "" if self.labels_per_row is None else f", {self.labels_per_row} labels a row"
         scaled = "" if self.upstream == 1 else f", upstream {self.upstream:.2g}"
-        pages = "" if self.pages == "kept" else f", {self.pages} pages"
+        pages = {"kept": "", "default": ", malloc as it is"}.get(self.pages, f", {self.pages} pages")
         shape = f"{rows} x {labels}" if self.features is None else f"{rows} x {self.features} x {labels}"
         return f"{self.loss}, {shape} {name(self.dtype)}, {targets}{per_row}{scaled}{pages}"
 

@@ -43,7 +43,7 @@ same labels as dense bytes.
 On a CPU each case has a process of its own. Its allocator keeps freed memory, as jemalloc or a warm heap does, or,
 where it says "fresh pages", hands large tensors back at once, as glibc does with any above 32 MiB; the system then
 clears new pages for each temporary, which is most of an unfused formula's time. Left to itself glibc does either at
-these sizes. Small batches run on one thread.
+most of these sizes; "malloc as it is" leaves it so. Small batches run on one thread.
 """
 
 

@@ -23,6 +23,7 @@ _MALLOC = {
     "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
     # Between the blocks of the eager backend, which fit a cache, and a whole tensor.
     "fresh": {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)},
+    "default": {},
     # Everything goes back at once, so that no provider lives on what another one freed.
     "memory": {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)},
 }
