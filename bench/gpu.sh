@@ -62,7 +62,7 @@ step check 40 -m bertloss_fast
 # What these two test needs no GPU, and the one a model.
 step tests 270 -m pytest tests -p no:cacheprovider \
     --ignore=tests/test_compiled.py --ignore=tests/test_demo.py ${BERTLOSS_FAST_GPU_TESTS:-}
-step bench 190 -m bench --device "$device" --out "$out" ${BERTLOSS_FAST_GPU_BENCH:-}
+step bench 200 -m bench --device "$device" --minutes 3 --out "$out" ${BERTLOSS_FAST_GPU_BENCH:-}
 step xmc 500 -m bench.xmc --device "$device" --out "$out" ${BERTLOSS_FAST_GPU_XMC:-}
 
 failed=0

@@ -12,46 +12,28 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bertloss_fast.targets import SparseLabels
-
-from .cases import (
-    Case,
-    MeanLoss,
-    OfLayer,
-    Provider,
-    Quartiles,
-    Row,
-    Targets,
-    as_tensor,
-    describe,
-    leaves,
-    make_data,
-    start_rows,
-    step,
-)
+from .cases import Case, MeanLoss, Provider, Quartiles, Row, start_rows
+from .check import Expected, Oracle, check, measure_tails
+from .data import Targets, as_tensor, make_data, step
 
 COPY = "copy of as many bytes"
 
-Oracle = Callable[[str, Tensor, Tensor], Tensor]
 Sampler = Callable[[Callable[[], object], int], float]
 
-# Largest error against float64, of the loss and of the gradient in units of its largest element. A formula computed in
-# bfloat16 loses 1 to 2 %; what exceeds that computes another loss.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-_ORACLE_ELEMENTS = 1 << 24
 _MAX_COPIES = 16
-_MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
 # Calls per sample: enough to hide the clock's own resolution, too few to be interrupted often.
 _SAMPLE_SECONDS = 2e-3
+# A round in which eager formulas of a second a step take part would leave the others few rounds.
+_SLOW_SECONDS = 0.2
+_MIN_SAMPLES, _MIN_SLOW_SAMPLES = 5, 3
 
 
 def measure_time(
@@ -60,53 +42,72 @@ def measure_time(
     """Check every provider that can run, then time the right ones in turns for about ``budget`` seconds."""
     data = [make_data(case, device, seed) for seed in range(_num_copies(case, device))]
     dense = [(inputs, as_tensor(targets)) for inputs, targets in data]
-    losses = {p.name: p.losses[case.loss][1] for p in providers if case.loss in p.losses}
     rows = start_rows(case, providers, device)
+    by_name = {provider.name: provider for provider in providers}
+    losses = {row.provider: by_name[row.provider].losses[case.loss][1] for row in rows}
+    given = {row.provider: data if by_name[row.provider].sparse else dense for row in rows}
+
+    expected = Expected(case, oracle, *data[0])
     for row in rows:
         if row.status == "ok":
-            row.status, row.note = _check(row, losses[row.provider], oracle, *(data if row.ours else dense)[0])
+            check(row, losses[row.provider], expected, *given[row.provider][0])
+    del expected
+    right = [row for row in rows if row.status == "ok"]
 
-    host_counts = case.suite == "small" or device.type == "cpu"
-    runs = {
-        row.provider: _rotate(case, losses[row.provider], data if row.ours else dense)
-        for row in rows
-        if row.status == "ok"
-    }
+    runs = {row.provider: _rotate(case, losses[row.provider], given[row.provider]) for row in right}
     if case.suite not in ("small", "head"):  # which the host's part bounds, or the products
         runs[COPY] = _copy(case, device)
         rows.append(Row(case, COPY, COPY))
-    times = interleave(runs, _wall_sample if host_counts else _DeviceClock(), budget)
+    host_counts = case.suite == "small" or device.type == "cpu"
+    times = interleave(runs, wall_sample if host_counts else _DeviceClock(), budget)
     for row in rows:
         if row.provider in times:
             seconds = times[row.provider]
             row.seconds, row.samples = Quartiles(*quantiles(seconds, n=4, method="inclusive")), len(seconds)
+    measure_tails(case, oracle, device, [(row, losses[row.provider], by_name[row.provider].sparse) for row in right])
     return rows
 
 
+@dataclass
+class _Turns:
+    """How a run takes part: so many calls a sample, in every ``stride``-th round, at least ``least`` times."""
+
+    run: Callable[[], object]
+    calls: int
+    stride: int
+    least: int
+    seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Callable[[], object], sample: Sampler) -> _Turns:
+        seconds = min(sample(run, 1), sample(run, 1))  # the second finds every allocation made
+        slow = seconds >= _SLOW_SECONDS
+        calls = max(1, min(1000, math.ceil(_SAMPLE_SECONDS / seconds)))
+        return cls(run, calls, 4 if slow else 1, _MIN_SLOW_SAMPLES if slow else _MIN_SAMPLES)
+
+
 def interleave(runs: dict[str, Callable[[], object]], sample: Sampler, budget: float) -> dict[str, list[float]]:
-    """Seconds per call of every run, a sample of each in every round."""
-    calls = {}
-    for name, run in runs.items():
-        sample(run, 2)  # the second warm-up finds every allocation made
-        calls[name] = max(1, min(1000, math.ceil(_SAMPLE_SECONDS / sample(run, 1))))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    """Seconds per call of every run, in rounds; a slow run takes part in some of them."""
+    all_turns = {name: _Turns.of(run, sample) for name, run in runs.items()}
     names = list(runs)
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + budget
-        for turn in range(_MAX_ROUNDS):
-            if turn >= _MIN_ROUNDS and time.perf_counter() > end:
+        for number in range(_MAX_ROUNDS):
+            if time.perf_counter() > end and all(len(t.seconds) >= t.least for t in all_turns.values()):
                 break
-            first = turn % len(names)
+            first = number % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(sample(runs[name], calls[name]))
+                turns = all_turns[name]
+                if number % turns.stride == 0:
+                    turns.seconds.append(sample(turns.run, turns.calls))
     finally:
         gc.enable()
-    return times
+    return {name: turns.seconds for name, turns in all_turns.items()}
 
 
-def _wall_sample(run: Callable[[], object], calls: int) -> float:
+def wall_sample(run: Callable[[], object], calls: int) -> float:
     """Seconds a call as the caller sees them, the host's part included."""
     _synchronize()
     start = time.perf_counter()
@@ -177,58 +178,3 @@ def _cache_bytes(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
-
-
-def _check(row: Row, loss: MeanLoss, oracle: Oracle, inputs: Tensor, targets: Targets) -> tuple[str, str]:
-    """Note the errors of loss and gradient, and return what they amount to."""
-    try:
-        value = step(row.case, loss, inputs, targets)
-    except Exception as error:  # whatever a peer, its compiler or the memory may raise: the others go on
-        return "failed", describe(error)
-    grads = [leaf.grad for leaf in leaves(inputs, targets)]
-    for leaf in leaves(inputs, targets):
-        leaf.grad = None
-    if any(grad is None for grad in grads):
-        return "wrong", "no gradient"
-    row.loss_error, row.grad_error = errors(row.case, oracle, inputs, targets, value, cast(list[Tensor], grads))
-    tolerance = _TOLERANCE[row.case.dtype]
-    # Not "error > tolerance", which lets NaN pass.
-    if not row.loss_error <= tolerance:
-        return "wrong", f"loss is off by {row.loss_error:.1e}"
-    if not row.grad_error <= tolerance:
-        return "wrong", f"gradient is off by {row.grad_error:.1e}"
-    return "ok", ""
-
-
-def errors(
-    case: Case, oracle: Oracle, inputs: Tensor, targets: Targets, value: Tensor, grads: Sequence[Tensor]
-) -> tuple[float, float]:
-    """Relative error of the loss, and of a gradient in units of its largest element, against float64 autograd."""
-    scale = case.upstream / case.mean_over
-    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    weight = targets.weight.detach().double().requires_grad_() if isinstance(targets, OfLayer) else None
-    y = targets.targets if isinstance(targets, OfLayer) else targets
-    worst, largest = torch.zeros_like(total), torch.zeros_like(total)
-    num_rows = max(1, _ORACLE_ELEMENTS // case.shape[1])
-    for start in range(0, case.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        x64 = inputs.detach()[rows].double().requires_grad_()
-        logits = x64 if weight is None else F.linear(x64, weight)
-        part = oracle(case.loss, logits, _in_double(case, y[rows])).sum()
-        part.backward()
-        total += part.detach()
-        expected = cast(Tensor, x64.grad) * scale
-        worst = torch.maximum(worst, (grads[0][rows].double() - expected).abs().max())  # Python's max drops NaN
-        largest = torch.maximum(largest, expected.abs().max())
-    expected_loss = total / case.mean_over
-    error = worst / largest
-    if weight is not None:
-        expected = cast(Tensor, weight.grad) * scale
-        error = torch.maximum(error, (grads[1].double() - expected).abs().max() / expected.abs().max())
-    return ((value - expected_loss) / expected_loss).abs().item(), error.item()
-
-
-def _in_double(case: Case, targets: Tensor | SparseLabels) -> Tensor:
-    if isinstance(targets, SparseLabels):
-        return targets.to_dense(torch.float64)
-    return targets if case.targets == "classes" else targets.double()

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from .cases import Case, Provider, Row, Targets, as_tensor, describe, leaves, make_data, start_rows, step
+from .cap import capped
+from .cases import Case, Provider, Row, describe, start_rows
+from .check import FIRST_CALL_SECONDS
+from .data import as_tensor, forget, make_data, step
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -20,25 +22,24 @@ def measure_memory(case: Case, providers: Sequence[Provider], device: torch.devi
     """Extra peak memory of a forward and backward pass; the gradient of the logits, which is the result, counts."""
     inputs, targets = make_data(case, device)
     dense = as_tensor(targets)
-    losses = {p.name: p.losses[case.loss][1] for p in providers if case.loss in p.losses}
+    by_name = {provider.name: provider for provider in providers}
     rows = start_rows(case, providers, device)
     for row in rows:
         if row.status != "ok":
             continue
-        one_pass = partial(step, case, losses[row.provider], inputs, targets if row.ours else dense)
+        provider = by_name[row.provider]
+        one_pass = partial(step, case, provider.losses[case.loss][1], inputs, targets if provider.sparse else dense)
         try:
-            one_pass()  # makes whatever lasts: compiled code, thread pools
-            _forget(inputs, targets)
+            with capped(FIRST_CALL_SECONDS):
+                one_pass()  # makes whatever lasts: compiled code, thread pools
+            forget(inputs, targets)
             row.peak_bytes = extra_peak_bytes(one_pass, device)
+        except TimeoutError as error:
+            row.status, row.note = "skipped", f"first call: {error}"
         except Exception as error:  # out of memory, or no /proc: the others go on
             row.status, row.note = "failed", describe(error)
-        _forget(inputs, targets)
+        forget(inputs, targets)
     return rows
-
-
-def _forget(inputs: Tensor, targets: Targets) -> None:
-    for leaf in leaves(inputs, targets):
-        leaf.grad = None
 
 
 def extra_peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -51,10 +52,20 @@ def extra_peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    before = resident_bytes()
+    return step_peak_bytes(call) - before
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return _status_bytes("VmRSS")
+
+
+def step_peak_bytes(call: Callable[[], object]) -> int:
+    """The most that is resident during a call."""
     _CLEAR_REFS.write_text("5")  # sets the peak back to what is resident now
-    before = _status_bytes("VmRSS")
     call()
-    return _status_bytes("VmHWM") - before
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 
 from bertloss_fast.ops import dispatch
 
-from .cases import MeanLoss
+from .cases import COMPILED, PLAIN, MeanLoss, Provider
+
+INDUCTOR = "torch._inductor.compile_fx"
+Losses = dict[str, tuple[str, MeanLoss]]
 
 
-def compiled(loss: MeanLoss) -> MeanLoss:
-    """torch.compile of a loss, at its first call: the import alone takes seconds."""
+def ours(losses: Callable[[str], Losses]) -> tuple[Provider, ...]:
+    """A provider for each of our backends, of the losses as a backend has them."""
+    return tuple(
+        Provider(backend, losses(backend), partial(_why_not_ours, backend), True, kind, sparse=True, imports=imports)
+        for backend, kind, imports in (("triton", PLAIN, ""), ("eager", PLAIN, ""), ("inductor", COMPILED, INDUCTOR))
+    )
+
+
+def twins(providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
+    """The same losses once more in cases of SparseLabels, given the same labels as a dense tensor."""
+    return tuple(p._replace(name=f"{p.name}, dense", sparse=False, twin=True) for p in providers if p.kind == PLAIN)
+
+
+def compiled(losses: Losses) -> Provider:
+    """torch.compile of each."""
+    return Provider(
+        "compile",
+        {name: (f"torch.compile of {label}", _compiled(loss)) for name, (label, loss) in losses.items()},
+        _why_not_compile,
+        kind=COMPILED,
+        imports=INDUCTOR,
+    )
+
+
+def _compiled(loss: MeanLoss) -> MeanLoss:
+    """At its first call: the import alone takes seconds."""
 
     @cache
     def first_call() -> MeanLoss:
@@ -23,12 +51,14 @@ def compiled(loss: MeanLoss) -> MeanLoss:
     return lambda x, y: first_call()(x, y)
 
 
-def why_not_triton(device: torch.device) -> str | None:
-    if device.type == "cpu":
+def _why_not_ours(backend: str, device: torch.device) -> str | None:
+    if backend not in dispatch.BACKENDS:
+        return "this version has no such backend"
+    if backend == "triton" and device.type == "cpu":
         return "interpreter only: not timed"
-    return dispatch.why_not("triton", device)
+    return dispatch.why_not(backend, device)
 
 
-def why_not_compile(device: torch.device) -> str | None:
+def _why_not_compile(device: torch.device) -> str | None:
     compilers = (os.environ.get("CXX", "g++"), "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
-    return None if any(map(shutil.which, compilers)) else "missing: torch.compile finds no C++ compiler"
+    return None if any(map(shutil.which, compilers)) else "torch.compile finds no C++ compiler"

@@ -29,13 +29,14 @@ class Results:
     claims: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def path_name(self) -> str:
+    def stem(self) -> str:
+        """What the names of its files begin with."""
         device = re.sub(r"[^a-z0-9]+", "-", self.environment["name"].lower()).strip("-")
-        return f"{device}-{self.environment['date']}.json"
+        return f"{device}-{self.environment['date']}"
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.path_name
+        path = folder / f"{self.stem}.json"
         content = {
             "environment": self.environment,
             "claims": self.claims,

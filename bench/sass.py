@@ -25,10 +25,12 @@ import torch
 import triton
 import triton.language as tl
 from bertloss_fast.kernels import device
+from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
+from .pipes import pipes_of
 from .variants import VARIANTS
 
 ARCHS = {
@@ -54,9 +56,17 @@ class _Driver:
         return 0
 
 
+def _bytes_moved(args: Iterable[Any]) -> float:
+    """By a launch, for each element of its largest matrix: matrices once, however often they are read; no vectors."""
+    tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, torch.Tensor)}
+    elements = max(tensor.numel() for tensor in tensors.values())
+    matrices = [tensor for tensor in tensors.values() if tensor.numel() == elements and tensor.stride().count(0) == 0]
+    return float(sum(tensor.element_size() for tensor in matrices))
+
+
 @contextmanager
-def compiling(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
-    """Compile what launchers launch on meta tensors, and run none of it.
+def compiling(target: GPUTarget) -> Iterator[list[tuple[CompiledKernel, float]]]:
+    """Compile what launchers launch on meta tensors, and run none of it. Beside each kernel, the bytes by element.
 
     One kind of GPU a process: whether kernels hold PTX is a constant, which Triton does not let change.
     """
@@ -66,7 +76,7 @@ def compiling(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
     run = JITFunction.run
 
     def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernels.append(run(kernel, *args, grid=grid, warmup=True, **options))
+        kernels.append((run(kernel, *args, grid=grid, warmup=True, **options), _bytes_moved(args)))
 
     driver.set_active(_Driver(target))
     device.USE_PTX = tl.constexpr(target.backend == "cuda")
@@ -219,13 +229,15 @@ class Report(NamedTuple):
     stores: dict[str, int]
     spills_on_way: int  # accesses to the stack
     exchanges: int  # shared memory, shuffles and barriers
+    pipes: dict[str, float]  # operations per element of each of NVIDIA's pipelines
+    bytes_moved: float  # per element
 
 
-_OF_ROWS = ("_softmax_kernel", "_pairs_kernel")
-_TILE_SIZES = {"BLOCK", "ROWS", "BLOCK_N", "BLOCK_L", "PARTS", "LINES"}
+_OF_ROWS = ("_softmax_kernel", "_pairs_kernel", "_lists_kernel", "_ranked_kernel", "_adr_mse_kernel")
+_TILE_SIZES = {"BLOCK", "ROWS", "BLOCK_N", "BLOCK_L", "BLOCK_I", "BLOCK_J", "PARTS", "LINES"}
 
 
-def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
+def report(arch: str, variant: str, kernel: CompiledKernel, bytes_moved: float) -> Report:
     code = machine_code(kernel)
     loops = code.loops()
     of_rows = kernel.src.fn.__name__ in _OF_ROWS
@@ -257,6 +269,8 @@ def report(arch: str, variant: str, kernel: CompiledKernel) -> Report:
         widths(way, "store"),
         _count(way, r"LDL|STL|scratch_"),
         _count(way, r"BAR\b|LDS|STS|SHFL|s_barrier|ds_"),
+        {} if "amdgcn" in kernel.asm else {pipe: n / elements for pipe, n in pipes_of(op for op, _ in way).items()},
+        bytes_moved,
     )
 
 
@@ -265,7 +279,7 @@ def _reports_of(arch: str, variants: list[str]) -> list[Report]:
     with compiling(ARCHS[arch]) as kernels:
         for variant in variants:
             VARIANTS[variant].launch()
-            reports.append(report(arch, variant, kernels.pop()))
+            reports.append(report(arch, variant, *kernels.pop()))
     return reports
 
 
@@ -276,12 +290,16 @@ def reports(archs: list[str], variants: list[str]) -> list[Report]:
     return [report for reports in by_arch for report in reports]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__.split("\n", 1)[0])
+def make_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=(doc or "").split("\n", 1)[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--json", action="store_true", help="print records instead of the table")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser("python -m bench.sass", __doc__).parse_args()
     rows = reports(args.arch, args.only)
     if args.json:
         print(json.dumps([row._asdict() for row in rows]))

@@ -1,72 +1,85 @@
-"""One case: on a GPU in this process, on a CPU in one of its own, where malloc is told what to do with memory.
-
-``python -m bench.single`` is that process: a request comes in as JSON, rows go out.
-"""
+"""One case: on a GPU in this process, on a CPU in one of its own, where malloc is told what to do with memory."""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 
 import torch
 
-from .cases import Case, Provider, Row, start_rows
-from .families import family_of
+from . import preload
+from .cases import Case, Row, start_rows
+from .families import family_of, imports, providers
 from .measure import measure_time
 from .memory import measure_memory
 
-# What glibc reads at the start of a process; elsewhere these have no effect.
+# What mallopt(3) calls M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MALLOC = {
-    "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    "kept": {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1},
     # Between the blocks of the eager backend, which fit a cache, and a whole tensor.
-    "fresh": {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)},
+    "fresh": {_MMAP_THRESHOLD: 4 << 20},
     "default": {},
     # Everything goes back at once, so that no provider lives on what another one freed.
-    "memory": {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)},
+    "memory": {_MMAP_THRESHOLD: 1 << 16},
 }
 
 
-def run_case(case: Case, device: torch.device, budget: float, compiler: bool) -> list[Row]:
-    """The rows of a case; ``compiler`` says whether torch.compile takes part."""
+def run_case(case: Case, device: torch.device, budget: float, left_out: frozenset[str] = frozenset()) -> list[Row]:
+    """The rows of a case, without the providers whose name or kind is left out."""
     if device.type != "cpu":
-        return _run_here(case, device, budget, compiler)
-    child = subprocess.run(
-        [sys.executable, "-m", "bench.single"],
-        input=json.dumps({"case": case.to_json(), "budget": budget, "compiler": compiler}),
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | _MALLOC["memory" if case.suite == "memory" else case.pages],
-        cwd=Path(__file__).parent.parent,
-        check=False,
-    )
-    if child.returncode == 0:
-        return [Row.from_json(fields) for fields in json.loads(child.stdout)]
-    rows = start_rows(case, family_of(case).PROVIDERS, device)
-    for row in rows:
-        row.status, row.note = "failed", f"its process ended with status {child.returncode}"
-    return rows
+        return _measure(case, device, budget, left_out)
+    with ProcessPoolExecutor(1, mp_context=_context(left_out)) as pool:
+        try:
+            return pool.submit(_run_alone, case, budget, left_out).result()
+        except BrokenProcessPool:  # the system's, when memory is out
+            rows = start_rows(case, providers(case, left_out), device)
+            for row in rows:
+                row.status, row.note = "failed", "its process was ended"
+            return rows
 
 
-def _run_here(case: Case, device: torch.device, budget: float, compiler: bool) -> list[Row]:
-    family = family_of(case)
-    providers = [p if compiler or p.name != "compile" else _left_out(p) for p in family.PROVIDERS]
-    if case.suite == "memory":
-        return measure_memory(case, providers, device)
-    return measure_time(case, providers, family.oracle, device, budget)
+def _context(left_out: frozenset[str]) -> BaseContext:
+    """Processes forked off one that has imported what they need, and has run nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    os.environ[preload.VARIABLE] = " ".join(["bench.single", *imports(left_out)])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload.__name__])
+    return context
 
 
-def _left_out(provider: Provider) -> Provider:
-    return provider._replace(why_not=lambda device: "left out by --quick")
-
-
-if __name__ == "__main__":
-    request = json.load(sys.stdin)
-    case = Case.from_json(request["case"])
+def _run_alone(case: Case, budget: float, left_out: frozenset[str]) -> list[Row]:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for option, value in _MALLOC["memory" if case.suite == "memory" else case.pages].items():
+        _mallopt(option, value)
     if case.suite == "small":
         # Two threads gain nothing on 3200 elements, and wait milliseconds for each other on a busy machine.
         torch.set_num_threads(1)
-    rows = _run_here(case, torch.device("cpu"), request["budget"], request["compiler"])
-    json.dump([row.to_json() for row in rows], sys.stdout)
+    return _measure(case, torch.device("cpu"), budget, left_out)
+
+
+def _end_with_parent() -> None:
+    """A run that is killed leaves no case behind, which would slow the next one."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _mallopt(option: int, value: int) -> None:
+    """glibc's own; elsewhere there is none, and malloc is what it is."""
+    function = getattr(ctypes.CDLL(None), "mallopt", None)
+    if function is not None:
+        function(option, value)
+
+
+def _measure(case: Case, device: torch.device, budget: float, left_out: frozenset[str]) -> list[Row]:
+    chosen = providers(case, left_out)
+    if case.suite == "memory":
+        return measure_memory(case, chosen, device)
+    return measure_time(case, chosen, family_of(case).oracle, device, budget)

@@ -3,6 +3,7 @@
 import torch
 
 from .launches import Lines, Pass, Pointwise, Sigmoid
+from .list_launches import Ranking
 from .row_launches import Rows
 
 _FOCAL_2 = Sigmoid("focal", (2,))
@@ -150,6 +151,7 @@ POINTWISE: dict[str, Pointwise] = {
 }
 
 _CE, _FOCAL_ROWS, _LDAM = Rows("cross_entropy"), Rows("focal", (2.0,)), Rows("ldam", (30.0,))
+_WEIGHED = _CE._replace(smoothing=0.1, weight=True)
 _POLY_OF_ALL = Rows("poly", (2.0,), probabilities=torch.float32, weight=True, smoothing=0.1)
 _DISTILLATION, _R_DROP, _JS = Rows("distillation", (2.0, 0.5)), Rows("r_drop", (1.0,)), Rows("js", labels=False)
 # Several rows a tile, one, the longest; an odd vocabulary, an aligned one, and a million.
@@ -159,6 +161,8 @@ ROWS: dict[str, Rows] = {
     **{f"ce {classes}": _CE._replace(num_classes=classes) for classes in _CLASSES},
     "ce 1000 fp32": _CE._replace(inputs=torch.float32),
     "ce 30522 fp32": _CE._replace(inputs=torch.float32, num_classes=30522),
+    "ce 32768 fp32": _CE._replace(inputs=torch.float32, num_classes=32768),
+    "ce 32768 fp32 backward none": _CE._replace(inputs=torch.float32, num_classes=32768, step="backward none"),
     "ce 1000 fp64": _CE._replace(inputs=torch.float64),
     "ce 30522 fp64": _CE._replace(inputs=torch.float64, num_classes=30522),
     "ce 1000 loss": _CE._replace(step="loss"),
@@ -166,9 +170,19 @@ ROWS: dict[str, Rows] = {
     "ce 1000 backward none": _CE._replace(step="backward none"),
     "ce 30522 backward": _CE._replace(step="backward", num_classes=30522),
     "ce 1000 wide": _CE._replace(rows=2**31 // 1000 + 2),
-    "ce 1000 smoothing weight": _CE._replace(smoothing=0.1, weight=True),
+    "ce 1000 smoothing weight": _WEIGHED,
     "ce 1000 z_loss softcap": _CE._replace(z_loss=1e-4, softcap=30.0),
     "ce 30522 z_loss softcap": _CE._replace(z_loss=1e-4, softcap=30.0, num_classes=30522),
+    # what spilled: two options at once, of each length at which rows are cut in another way
+    "ce 20 smoothing weight": _WEIGHED._replace(num_classes=20),
+    "ce 16000 fp32 smoothing weight": _WEIGHED._replace(inputs=torch.float32, num_classes=16000),
+    "ce 32000 smoothing weight": _WEIGHED._replace(num_classes=32000),
+    "ce 50257 fp64 smoothing weight": _WEIGHED._replace(inputs=torch.float64, num_classes=50257),
+    "ce 20 fp64 smoothing weight softcap": _WEIGHED._replace(inputs=torch.float64, num_classes=20, softcap=30.0),
+    "ce 1000 fp64 z_loss softcap": _CE._replace(inputs=torch.float64, z_loss=1e-4, softcap=30.0),
+    "ce 16000 fp32 smoothing softcap": _CE._replace(
+        inputs=torch.float32, num_classes=16000, smoothing=0.1, softcap=30.0
+    ),
     "ce 1000 probabilities": _CE._replace(probabilities=torch.float32),
     "ce 30522 probabilities": _CE._replace(probabilities=torch.float32, num_classes=30522),
     "softmax focal 1000": _FOCAL_ROWS,
@@ -183,9 +197,39 @@ ROWS: dict[str, Rows] = {
     "distillation 1000 alone": _DISTILLATION._replace(labels=False),
     "distillation 1000 fp32": _DISTILLATION._replace(inputs=torch.float32),
     **{f"r_drop {classes}": _R_DROP._replace(num_classes=classes) for classes in (1000, 30522)},
+    "r_drop 20 fp64": _R_DROP._replace(num_classes=20, inputs=torch.float64),
     **{f"js {classes}": _JS._replace(num_classes=classes) for classes in (1000, 30522)},
     "js 1000 fp64": _JS._replace(inputs=torch.float64),
     "margin_mse 8": Rows("margin_mse", num_classes=8, labels=False),
+}
+
+_LAMBDA = Ranking("NDCGLoss2++")
+
+LISTS: dict[str, Ranking] = {
+    "lambda": _LAMBDA,
+    "lambda bf16": _LAMBDA._replace(inputs=torch.bfloat16),
+    "lambda fp64": _LAMBDA._replace(inputs=torch.float64),
+    "lambda k": _LAMBDA._replace(k=10),
+    "lambda 10": _LAMBDA._replace(length=10),
+    "lambda 4096": _LAMBDA._replace(length=4096, mask=False),
+    "lambda loss": _LAMBDA._replace(step="loss"),
+    "lambda ndcg1": Ranking("NDCGLoss1"),
+    "lambda ndcg2": Ranking("NDCGLoss2"),
+    "lambda rank": Ranking("LambdaRank"),
+    "rank_net": Ranking("RankNet"),
+    "adr_mse": Ranking("adr_mse"),
+    "adr_mse bf16": Ranking("adr_mse", inputs=torch.bfloat16),
+    "adr_mse fp64": Ranking("adr_mse", inputs=torch.float64),
+    "adr_mse 10": Ranking("adr_mse", length=10, mask=False),
+    "adr_mse loss": Ranking("adr_mse", step="loss"),
+    **{
+        f"{formula} {length}": Ranking(formula, length=length)
+        for formula in ("list_net", "p_list_mle", "multiple_negatives")
+        for length in (10, 201, 4096)
+    },
+    "list_net bf16": Ranking("list_net", inputs=torch.bfloat16, mask=False),
+    "list_net 4096 fp64": Ranking("list_net", length=4096, inputs=torch.float64),
+    "list_mle 201": Ranking("list_mle"),
 }
 
 PASSES: dict[str, Pass] = {
@@ -208,4 +252,11 @@ PASSES: dict[str, Pass] = {
     "rescale bf16": Pass("rescale"),
 }
 
-VARIANTS: dict[str, Sigmoid | Lines | Pointwise | Rows | Pass] = {**SIGMOID, **LINES, **POINTWISE, **ROWS, **PASSES}
+VARIANTS: dict[str, Sigmoid | Lines | Pointwise | Rows | Ranking | Pass] = {
+    **SIGMOID,
+    **LINES,
+    **POINTWISE,
+    **ROWS,
+    **LISTS,
+    **PASSES,
+}

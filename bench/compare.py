@@ -1,0 +1,96 @@
+"""``python -m bench compare OLD NEW``: what of ours became slower, or larger, between two runs, beyond their spread.
+
+A run's quartiles do not tell how far its medians lie from the next run's. The peers do, and the copies: their code is
+the same in both runs, so that what they moved by is the machine's part.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+from tabulate import tabulate
+
+from .cases import Row
+from .results import Results
+
+# Less is not told, however quiet the machine.
+_LEAST_SLOWDOWN = 1.25
+_LEAST_PEERS = 40
+# The resident set is counted in pages, and the allocator's arenas differ by a few.
+_LEAST_GROWTH, _LEAST_GROWTH_BYTES = 1.1, 2 << 20
+
+Pair = tuple[Row, Row]
+
+
+class Change(NamedTuple):
+    title: str
+    label: str
+    what: str
+
+
+def compare(old: Results, new: Results) -> list[Change]:
+    """What of ours is worse in ``new``; rows that only one of them has are not judged."""
+    before = {_key(row): row for row in old.rows}
+    pairs = [(before[_key(row)], row) for row in new.rows if _key(row) in before]
+    peers: dict[tuple[str, str], list[Pair]] = {}
+    for was, row in pairs:
+        if not row.ours and was.seconds and row.seconds:
+            peers.setdefault(_case(row), []).append((was, row))
+    drifts = {case: max(1.0, median(map(_ratio, of_case))) for case, of_case in peers.items()}
+    spread = _spread([_ratio(pair) / drifts[case] for case, of_case in peers.items() for pair in of_case])
+    changes = []
+    for was, row in pairs:
+        if row.ours and (what := _worse(was, row, drifts.get(_case(row), 1.0), spread)):
+            changes.append(Change(row.case.title, row.label, what))
+    return changes
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return *_case(row), row.provider
+
+
+def _case(row: Row) -> tuple[str, str]:
+    return row.case.suite, row.case.title
+
+
+def _ratio(pair: Pair) -> float:
+    was, row = pair
+    return row.seconds.median / was.seconds.median if was.seconds and row.seconds else 1.0
+
+
+def _spread(ratios: Sequence[float]) -> float:
+    """The slowdown that 39 of 40 peers stay below, though their code is what it was."""
+    return max(_LEAST_SLOWDOWN, quantiles(ratios, n=40)[-1]) if len(ratios) >= _LEAST_PEERS else _LEAST_SLOWDOWN
+
+
+def _worse(was: Row, row: Row, drift: float, spread: float) -> str | None:
+    if was.status == "ok" and row.status in ("wrong", "failed"):
+        return f"{row.status}: {row.note}"
+    if was.seconds and row.seconds:
+        ratio = row.seconds.median / was.seconds.median
+        if ratio >= spread * drift and row.seconds.low > was.seconds.high * drift:
+            beside = f", where its peers take {drift:.2f} times theirs" if drift > 1.05 else ""
+            return f"{ratio:.2f} times the time{beside}"
+    if was.peak_bytes is not None and row.peak_bytes is not None:
+        more = row.peak_bytes - was.peak_bytes
+        if more > _LEAST_GROWTH_BYTES and row.peak_bytes > was.peak_bytes * _LEAST_GROWTH:
+            return f"{more / 2**20:.1f} MiB more at the peak"
+    return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """1 if something is worse."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.add_argument("old", type=Path, help="a file of bench/results")
+    parser.add_argument("new", type=Path)
+    args = parser.parse_args(argv)
+    old, new = Results.load(args.old), Results.load(args.new)
+    changes = compare(old, new)
+    keys = [{_key(row) for row in run.rows if row.status == "ok"} for run in (old, new)]
+    print(f"{len(keys[0] & keys[1])} figures in both, {len(keys[0] ^ keys[1])} in one alone.")
+    print(tabulate(changes, ("case", "provider", "change")) if changes else "Nothing of ours became slower or larger.")
+    return int(bool(changes))
