@@ -26,14 +26,14 @@ def main() -> int:
         for backend in dispatch.BACKENDS:
             reason = dispatch.why_not(backend, device)
             if reason is not None:
-                print(f"  {backend:<8} does not run: {reason}")
+                print(f"  {backend:<9} does not run: {reason}")
                 continue
             for dtype in _TOLERANCE:
                 if device.type == "mps" and dtype == torch.float64:
                     continue  # Apple's GPUs have no float64
                 right, report = _check(backend, device, dtype)
                 wrong += not right
-                print(f"  {backend:<8} {str(dtype).removeprefix('torch.'):<9} {report}")
+                print(f"  {backend:<9} {str(dtype).removeprefix('torch.'):<9} {report}")
         try:
             print(f"  backend=None picks {dispatch.resolve(None, device)}")
         except ValueError as error:

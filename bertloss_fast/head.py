@@ -19,7 +19,7 @@ from .functional.checks import (
 from .functional.layer import as_layer, check_chunk_size, check_dtypes
 from .modules import SigmoidFocalLoss
 from .modules.shown import shown
-from .modules.sigmoid import ElementwiseLoss
+from .modules.sigmoid import SeparableLoss
 from .ops.chunks import Layer, logit_chunks
 from .ops.dispatch import can_check_values
 from .ops.linear import Call, Step, linear_loss, without_autocast
@@ -89,7 +89,8 @@ class MultiLabelHead(nn.Module):
 
     Shape:
         hidden ``[..., D]`` and targets ``[..., L]``, dense or :class:`SparseLabels`, give the loss; hidden alone gives
-        the logits ``[..., L]``. A call with targets also takes ``sample_weight``, ``mask`` and ``normalizer``.
+        the logits ``[..., L]``. A call with targets also takes ``sample_weight``, ``mask``, ``normalizer``, and an
+        ``ignore_index`` in the place of the loss's.
 
     Raises:
         TypeError, ValueError: for arguments that nothing fits; those that depend on the inputs at the call.
@@ -109,7 +110,7 @@ class MultiLabelHead(nn.Module):
         self,
         in_features: int,
         num_labels: int,
-        loss: ElementwiseLoss | None = None,
+        loss: SeparableLoss | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         prior: float | Tensor | None = None,
@@ -323,9 +324,9 @@ def run_step(call: Call, update: Update) -> tuple[Tensor, Tensor]:
     return step.loss, step.of_inputs
 
 
-def _own(loss: ElementwiseLoss) -> ElementwiseLoss:
+def _own(loss: SeparableLoss) -> SeparableLoss:
     """A copy of a loss that a linear layer takes in, whose tensors are in no state dict."""
-    if not isinstance(loss, ElementwiseLoss) or loss.formula is None:
+    if not isinstance(loss, SeparableLoss):
         raise TypeError(
             "loss: expected a SigmoidFocalLoss, BCEWithLogitsLoss, AsymmetricLossMultiLabel or PolyBinaryCrossEntropy, "
             f"whose labels stand for themselves, got {type(loss).__name__}"

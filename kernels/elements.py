@@ -150,7 +150,7 @@ def place_of(start, lanes, numel, REST: tl.constexpr, L: tl.constexpr):
     valid = offs < numel if REST else None
     row = offs // L if L is not None else None
     col = offs % L if L is not None else None
-    return Place(offs, row, col, valid, L)
+    return Place(None, offs, row, col, valid, L)
 
 
 @triton.jit

@@ -170,7 +170,7 @@ def load_tile(operands, first_row, start, num_rows, LAUNCH: tl.constexpr, ROWS: 
         row = row.to(tl.int64)
         col = col.to(tl.int64)
     valid = (row < num_rows) & (col < LAUNCH.num_labels)
-    place = Place(row * LAUNCH.num_labels + col, row, col, valid, LAUNCH.num_labels)
+    place = Place(None, row * LAUNCH.num_labels + col, row, col, valid, LAUNCH.num_labels)
     x = load(operands.inputs, place, 0.0, LAUNCH.dtype)
     targets = load_targets(operands, place, LAUNCH)
     if LAUNCH.sparse:

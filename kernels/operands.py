@@ -20,6 +20,7 @@ class Matrix(NamedTuple):
 class Place(NamedTuple):
     """The elements of a tile."""
 
+    start: Any  # where each row begins: added to a pointer alone, it needs no register a thread. None for 0
     offs: Any
     row: Any  # None when no operand needs row and column
     col: Any
@@ -44,10 +45,18 @@ def extent(tensor: Tensor) -> int:
 
 
 @triton.jit
+def pointers_to(pointer, place):
+    """Where the elements of a contiguous matrix lie, which load in full vectors."""
+    if place.start is None:
+        return pointer + place.offs
+    else:
+        return pointer + place.start + place.offs
+
+
+@triton.jit
 def _pointers(matrix, place):
-    """Where elements lie; those of a contiguous matrix load in full vectors."""
     if matrix.strides is None:
-        return matrix.pointer + place.offs
+        return pointers_to(matrix.pointer, place)
     else:
         pointers = matrix.pointer + tl.zeros_like(place.offs)
         if matrix.strides[0] is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .device import store_rounded
 from .launch import launch_scope
-from .operands import load, matrix
+from .operands import load, matrix, pointers_to
 from .pair_formulas import FORMULAS, Labels, Tile, add_mixture
 from .rows import (
     MANY,
@@ -61,7 +61,7 @@ def _load_tile(operands, labels, start, LAUNCH: tl.constexpr, BLOCK: tl.constexp
 def _store(grad_ptr, tile, gradient, factor, num_rows, LAUNCH: tl.constexpr):
     gradient = tl.where((factor == 0)[:, None], 0.0, gradient * factor[:, None])  # a row that does not count has NaN
     place = tile.place
-    store_rounded(grad_ptr + place.offs, gradient, (place.row < num_rows) & (place.col < LAUNCH.num_classes))
+    store_rounded(pointers_to(grad_ptr, place), gradient, (place.row < num_rows) & (place.col < LAUNCH.num_classes))
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def _pairs_kernel(
 # gradient; of JS, whose both gradients need more at a time, 8 a thread there.
 _LONGEST, _BYTES_A_THREAD, _TILE_OF_LONG = 8192, 64, 2048
 _MORE_THREADS = ("js",)
-# Shorter rows share a tile of one warp.
+# Shorter rows share a tile of one warp, half as many in fp64: what a row has beside its logits takes registers too.
 _TILE, _MOST_ROWS = 512, 8
 
 
@@ -188,7 +188,7 @@ def pair_config(inputs: Tensor, formula: str, compute_dtype: torch.dtype) -> Con
     if block * size > 4 * _LONGEST:
         block = _TILE_OF_LONG * 4 // size
         threads = 2 if formula in _MORE_THREADS else 1
-    rows = max(min(_TILE // block, _MOST_ROWS, triton.next_power_of_2(num_rows)), 1)
+    rows = max(min(_TILE // block, _MOST_ROWS * 4 // size, triton.next_power_of_2(num_rows)), 1)
     return Config(rows, block, num_warps(threads * rows * block * size // _BYTES_A_THREAD), num_classes <= MANY)
 
 

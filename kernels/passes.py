@@ -109,7 +109,7 @@ def _row_sum_kernel(
             col = tl.load(operands.targets.col_ptr + index, in_row, 0).to(row.dtype)
         else:
             col = index
-        place = Place(row * L + col, row, col, in_row & (row < num_rows), L)
+        place = Place(None, row * L + col, row, col, in_row & (row < num_rows), L)
         term = tl.load(weights_ptr + col, in_row, 0)
         target, kept = load_targets(operands, place, LAUNCH)
         if LAUNCH.soft:

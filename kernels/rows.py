@@ -76,8 +76,9 @@ class Rows(NamedTuple):
 
     row: Any
     kept: Any
-    label: Any
+    label: Any  # in 32 bits, in which each class is compared with it; -1 for none
     x: Any  # the label's logit
+    slope: Any  # and its derivative, as in Logits
     weight: Any  # the label's; None for 1
     hard: Any  # what the target has on the label; None where it is class probabilities
 
@@ -117,7 +118,7 @@ def transform(x, LAUNCH: tl.constexpr):
 
 @triton.jit
 def place_of(row, col, valid, LAUNCH: tl.constexpr):
-    return Place(row * LAUNCH.num_classes + col, row, col, valid, LAUNCH.num_classes)
+    return Place(None, row * LAUNCH.num_classes + col, row, col, valid, LAUNCH.num_classes)
 
 
 @triton.jit
@@ -126,14 +127,15 @@ def load_rows(operands, row, num_rows, LAUNCH: tl.constexpr):
     DTYPE: tl.constexpr = LAUNCH.dtype
     kept = row < num_rows
     if operands.labels is None:
-        return Rows(row, kept, None, None, None, None)
+        return Rows(row, kept, None, None, None, None, None)
     else:
         C: tl.constexpr = LAUNCH.num_classes
         label = tl.load(operands.labels + row, kept, 0)
         kept &= label != LAUNCH.loss.ignored
         known = kept & (label >= 0) & (label < C)
         place = place_of(row, label, known, LAUNCH)
-        x = transform(load(operands.inputs, place, 0.0, DTYPE), LAUNCH).x
+        logits = transform(load(operands.inputs, place, 0.0, DTYPE), LAUNCH)
+        x = logits.x
         if operands.margins is not None:
             x -= LAUNCH.loss.scale * load_as(operands.margins + label, known, 0.0, DTYPE)
         x = tl.where(kept & ~known, float("nan"), x)  # a label out of range is loud
@@ -144,7 +146,8 @@ def load_rows(operands, row, num_rows, LAUNCH: tl.constexpr):
             if LAUNCH.loss.spread_weight:
                 hard *= weight
                 weight = None
-        return Rows(row, kept, label, x, weight, hard)
+        label = tl.where(known, label, -1).to(tl.int32)
+        return Rows(row, kept, label, x, logits.slope, weight, hard)
 
 
 @triton.jit

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
 from .classes import FORMULAS, Slopes
 from .device import exp_difference, load_as, store_rounded
 from .launch import launch_scope
-from .operands import Place, load, matrix
+from .operands import Place, load, matrix, pointers_to
 from .rows import (
     MANY,
     Config,
@@ -51,13 +50,17 @@ class Tile(NamedTuple):
 @triton.jit
 def _load_tile(operands, rows, start, LAUNCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """What does not count has the logit -inf and no target."""
-    col = start + tl.arange(0, BLOCK)[None, :]
+    lanes = start + tl.arange(0, BLOCK)[None, :]
+    col = lanes
     if LAUNCH.wide:
-        col = col.to(tl.int64)
+        col = lanes.to(tl.int64)
     valid = rows.kept[:, None]
     if LAUNCH.num_classes % BLOCK != 0:
         valid &= col < LAUNCH.num_classes
     place = place_of(rows.row[:, None], col, valid, LAUNCH)
+    if BLOCK >= LAUNCH.num_classes:
+        start = place.row * LAUNCH.num_classes
+        place = Place(start, tl.zeros_like(place.offs) + col, place.row, col, valid, LAUNCH.num_classes)
     logits = transform(load(operands.inputs, place, -float("inf"), LAUNCH.dtype), LAUNCH)
     spread = None
     if operands.targets is not None:
@@ -72,7 +75,7 @@ def _load_tile(operands, rows, start, LAUNCH: tl.constexpr, ROWS: tl.constexpr, 
         spread = tl.where(place.valid, spread, 0.0)
     at = None
     if rows.label is not None:
-        at = place.col == rows.label[:, None]
+        at = lanes == rows.label[:, None]
     return Tile(logits.x, logits.slope, at, spread, place)
 
 
@@ -89,8 +92,14 @@ def _greatest(tile, before, LAUNCH: tl.constexpr):
 
 
 @triton.jit
-def _with_label(rows, x, label):
-    return Rows(rows.row, rows.kept, label, tl.where(rows.kept, x, 0.0), None, None)
+def _with_label(operands, rows, x, label, LAUNCH: tl.constexpr):
+    known = rows.kept & (label < LAUNCH.num_classes)  # where all are NaN, none is the greatest
+    slope = None
+    if LAUNCH.loss.softcap != 0:
+        place = place_of(rows.row, label, known, LAUNCH)
+        slope = transform(load(operands.inputs, place, 0.0, LAUNCH.dtype), LAUNCH).slope
+    label = tl.where(known, label, -1)
+    return Rows(rows.row, rows.kept, label, tl.where(rows.kept, x, 0.0), slope, None, None)
 
 
 @triton.jit
@@ -141,6 +150,15 @@ def _log_sum(sums, x, margin):
 
 
 @triton.jit
+def _store_gradient_at_label(grad_ptr, rows, at, LAUNCH: tl.constexpr):
+    """In the place of what the tiles left there. To select it in them costs three instructions for every class."""
+    if rows.slope is not None:
+        at *= rows.slope
+    tl.debug_barrier()  # another thread may have stored it
+    store_rounded(grad_ptr + rows.row * LAUNCH.num_classes + rows.label, at, rows.label >= 0)
+
+
+@triton.jit
 def _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     gradient = e * slopes.of_e[:, None]
     if tile.spread is not None:
@@ -148,7 +166,6 @@ def _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH: tl.constexpr, R
         if slopes.of_mixed is not None:
             of_spread += e * slopes.of_mixed[:, None]
         gradient -= tile.spread * of_spread
-    gradient = tl.where(tile.at, slopes.at[:, None], gradient)
     if tile.slope is not None:
         gradient *= tile.slope
     place = tile.place
@@ -157,7 +174,7 @@ def _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH: tl.constexpr, R
         valid = place.col < LAUNCH.num_classes
     if ROWS > 1:
         valid = place.row < num_rows if valid is None else valid & (place.row < num_rows)
-    store_rounded(grad_ptr + place.offs, gradient, valid)
+    store_rounded(pointers_to(grad_ptr, place), gradient, valid)
 
 
 @triton.jit
@@ -177,8 +194,8 @@ def _loss_of_rows(work, first, FORMULA: tl.constexpr, LAUNCH: tl.constexpr, ROWS
         tile = _load_tile(operands, rows, 0, LAUNCH, ROWS, BLOCK)
         if rows.label is None:
             x, label = _greatest(tile, None, LAUNCH)
-            rows = _with_label(rows, x, label)
-            tile = _mark(tile, label)
+            rows = _with_label(operands, rows, x, label, LAUNCH)
+            tile = _mark(tile, rows.label)
         sums, e = _add(tile, rows, None, LAUNCH)
     else:
         if rows.label is None:
@@ -186,7 +203,7 @@ def _loss_of_rows(work, first, FORMULA: tl.constexpr, LAUNCH: tl.constexpr, ROWS
             label = tl.zeros_like(row)
             for start in range(0, cols, BLOCK):
                 x, label = _greatest(_load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK), (x, label), LAUNCH)
-            rows = _with_label(rows, x, label)
+            rows = _with_label(operands, rows, x, label, LAUNCH)
         zeros = tl.zeros([ROWS], DTYPE)
         sums = Sums(tl.full([ROWS], -float("inf"), DTYPE), zeros, None, None, None, None)
         if LAUNCH.loss.smoothing != 0 or operands.targets is not None:
@@ -235,6 +252,7 @@ def _loss_of_rows(work, first, FORMULA: tl.constexpr, LAUNCH: tl.constexpr, ROWS
                 tile = _load_tile(operands, rows, start, LAUNCH, ROWS, BLOCK)
                 e = _exponentials(tile, sums.top, LAUNCH)
                 _store_gradient(grad_ptr, tile, e, slopes, num_rows, LAUNCH, ROWS, BLOCK)
+        _store_gradient_at_label(grad_ptr, rows, slopes.at, LAUNCH)
     return loss
 
 
@@ -272,29 +290,47 @@ def _softmax_kernel(
         tl.store(loss_ptr + pid, tl.sum(losses))
 
 
-# A row in registers, 32 logits a thread of four bytes: the longest one where nothing else has to be there, half of it
-# where there is more to compute, a quarter of it beside class probabilities.
-_LONGEST, _BYTES_A_THREAD = 32768, 128
-# Longer rows in tiles, read twice; the second time from the end, which the L2 cache of a GPU still holds.
-_TILE_OF_LONG, _THREADS_OF_LONG = 8192, 256
-# Shorter rows share a tile of one warp, which needs no barrier to add up a row.
-_TILE, _MOST_ROWS = 1024, 8
+class _Cut(NamedTuple):
+    longest: int  # row that is held in registers; a longer one goes by in tiles, and is read twice
+    tile: int
+    rows: int  # that share a tile of one warp, which needs no barrier to add up a row
+    bytes_a_thread: int  # of a row
 
 
-def row_config(inputs: Tensor, loss_of: Loss, targets: Tensor | None, compute_dtype: torch.dtype) -> Config:
+# By the registers that a thread keeps of each logit from its load to its store. With more of anything, kernels spill
+# (docs/measured.md).
+_CUTS = {
+    1: _Cut(32768, 8192, 8, 128),
+    2: _Cut(8192, 2048, 4, 128),
+    3: _Cut(8192, 2048, 4, 64),
+    4: _Cut(2048, 1024, 2, 64),
+    6: _Cut(2048, 1024, 2, 64),
+}
+_THREADS_OF_LONG = 256
+_TILE = 1024
+
+
+def row_config(loss_of: Loss, tensors: Operands, compute_dtype: torch.dtype) -> Config:
     """How rows are cut."""
-    num_rows, num_classes = inputs.shape
+    num_rows, num_classes = tensors.inputs.shape
     size = compute_dtype.itemsize
-    longest = _LONGEST
-    if targets is not None:
-        longest //= 4
-    elif size == 8 or loss_of.smoothing or loss_of.softcap:
+    weighed = loss_of.spread_weight and tensors.weight is not None
+    # Of each logit its exponential, the slope of a cap, and a target; one that only smooths is the same for all classes
+    # and needs nothing kept, but beside a cap its sums do.
+    spread = tensors.targets is not None or (loss_of.smoothing and (weighed or loss_of.softcap))
+    kept = 1 + bool(loss_of.softcap) + bool(spread)
+    registers = kept * size // 4
+    longest, tile, most_rows, bytes_a_thread = _CUTS[registers]
+    if registers == 1 and loss_of.smoothing:  # which adds sums
         longest //= 2
     block = triton.next_power_of_2(num_classes)
-    if block * size > 4 * longest:
-        return Config(1, _TILE_OF_LONG * 16 // size**2, _THREADS_OF_LONG // device.LANES, False)
-    rows = max(min(_TILE // block, _MOST_ROWS, triton.next_power_of_2(num_rows)), 1)
-    return Config(rows, block, num_warps(rows * block * size // _BYTES_A_THREAD), block <= MANY)
+    if block > longest:
+        threads = _THREADS_OF_LONG if kept == 1 else _THREADS_OF_LONG // 2
+        if registers == 2 and loss_of.softcap:  # smaller tiles cost 5 to 10% fewer instructions, and spill a few
+            tile, threads = _CUTS[1].tile, _THREADS_OF_LONG
+        return Config(1, tile, num_warps(threads), False)
+    rows = max(min(_TILE // block, most_rows, triton.next_power_of_2(num_rows)), 1)
+    return Config(rows, block, num_warps(rows * block * size // bytes_a_thread), block <= MANY)
 
 
 def softmax_launcher(
@@ -315,7 +351,7 @@ def softmax_launcher(
     The first of the denominators is the loss's, the second that of z_loss; both are divided by here.
     """
     inputs, targets = tensors.inputs, tensors.targets
-    cut = row_config(inputs, loss_of, targets, compute_dtype)
+    cut = row_config(loss_of, tensors, compute_dtype)
     launch = prepare(loss_of, tensors, cut, inputs, compute_dtype=compute_dtype, reduced=reduced, written=written)
     with launch_scope(inputs):
         _softmax_kernel[(num_programs(inputs.shape[0], cut),)](

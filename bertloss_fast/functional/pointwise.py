@@ -55,8 +55,8 @@ def mse_loss(
             plain operations, whatever ``backend`` says.
         mask: bool, of the input's shape; where it is False, an element has no loss, no gradient, and does not count.
         normalizer: a number, or a tensor of shape ``()`` on the input's device, that takes the denominator's place.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device. Inside
-            ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the input's device.
+            Inside ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
         upstream_memory: as in :func:`sigmoid_focal_loss`.
 
     Returns:

@@ -58,8 +58,8 @@ def zlpr_loss(
         mask: bool, of the inputs' shape; where it is False, an element is neither positive nor negative.
         ignore_index: the target of elements that are treated so, in signed or floating dense targets.
         normalizer: a number, or a tensor of shape ``()`` on the inputs' device, that takes the denominator's place.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
-            ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the inputs' device.
+            Inside ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
         upstream_memory: as in :func:`sigmoid_focal_loss`.
 
     Returns:
@@ -119,8 +119,8 @@ def two_way_loss(
         reduction: ``"mean"``; the loss has no other.
         mask: bool, of the inputs' shape; where it is False, an element is neither positive nor negative.
         ignore_index: the target of elements that are treated so, in signed or floating dense targets.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
-            ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the inputs' device.
+            Inside ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
 
     Returns:
         A scalar in float32 (float64 if inputs or targets are). A batch without a positive label gives 0.

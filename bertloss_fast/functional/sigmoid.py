@@ -49,8 +49,8 @@ def sigmoid_focal_loss(
         ignore_index: the target of elements that are treated so, in signed or floating dense targets.
         label_smoothing: moves every label towards one half, y (1 - s) + s / 2; from 0, and less than 1.
         normalizer: a number, or a tensor of shape ``()`` on the inputs' device, that takes the denominator's place.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device. Inside
-            ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the inputs' device.
+            Inside ``torch.func`` and forward-mode autograd the loss is plain operations, whatever it says.
         upstream_memory: what the modules have: an :class:`UpstreamMemory` by which the gradient is written for the
             upstream gradient that came last, and not for 1.
 

@@ -57,8 +57,9 @@ def cross_entropy(
         \quad \operatorname{lse}(x) = \log \sum_j e^{x_j}
 
     for each row, with :math:`\tilde t = (1 - s) t + s / C` for the smoothing s and t the class or the probabilities. A
-    row of up to 32768 classes is read once for its loss and its gradient (16384 with smoothing or a soft cap, 8192 in
-    float64), a longer one twice; beside class probabilities it is 8192 (4096 in float64), and a longer one three times.
+    row of up to 32768 classes is read once for its loss and its gradient (16384 with smoothing; 8192 in float64, with a
+    soft cap, with smoothing and weights together, and beside class probabilities, 2048 for these three in float64), a
+    longer one twice, beside class probabilities three times.
 
     Args:
         input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]`` (which costs a copy), of any strides, in float16,

@@ -99,7 +99,7 @@ class JSDivLoss(RowLoss):
 
     Args:
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the logits' device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the logits' device.
 
     Shape:
         both logits ``[..., C]``. A call also takes ``sample_weight`` and ``normalizer``.
@@ -126,7 +126,7 @@ class MarginMSELoss(RowLoss):
 
     Args:
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the scores' device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the scores' device.
 
     Shape:
         scores ``[..., 1 + K]``, the positive's first; the teacher's of the same shape, or its margins ``[..., K]``. A

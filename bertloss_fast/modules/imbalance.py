@@ -36,7 +36,7 @@ class DistributionBalancedLoss(ElementwiseLoss):
 
     Shape:
         inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
@@ -99,7 +99,7 @@ class GHMLoss(ElementwiseLoss):
 
     Shape:
         inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.

@@ -36,7 +36,7 @@ class MSELoss(PointwiseLoss):
     Args:
         size_average, reduce: deprecated, as in torch; they override ``reduction``.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the input's device.
 
     Shape:
         input and target of one shape; the loss is a scalar, or that shape with ``"none"``. A call also takes
@@ -83,7 +83,7 @@ class KLDivLoss(PointwiseLoss):
         size_average, reduce: deprecated, as in torch; they override ``reduction``.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
         log_target: whether targets are logarithms of probabilities.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the input's device.
 
     Shape:
         input and target of one shape; the loss is a scalar, or that shape with ``"none"``. A call also takes ``mask``

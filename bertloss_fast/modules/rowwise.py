@@ -16,11 +16,11 @@ class ZlprLoss(nn.Module):
     Args:
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"mean_positive"``.
         ignore_index: the target of elements that are neither positive nor negative.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the inputs' device.
 
     Shape:
         inputs and targets ``[..., L]``; the loss is a scalar, or ``[...]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
@@ -50,6 +50,7 @@ class ZlprLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         mask: Tensor | None = None,
+        ignore_index: int | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
         return zlpr_loss(
@@ -58,7 +59,7 @@ class ZlprLoss(nn.Module):
             self.reduction,
             sample_weight=sample_weight,
             mask=mask,
-            ignore_index=self.ignore_index,
+            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
             normalizer=normalizer,
             backend=self.backend,
             upstream_memory=self._upstream_memory,
@@ -77,10 +78,11 @@ class TwoWayLoss(nn.Module):
         tn: temperature of the negative labels, above 0.
         reduction: ``"mean"``; the loss has no other.
         ignore_index: the target of elements that are neither positive nor negative.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the inputs' device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the inputs' device.
 
     Shape:
-        inputs and targets ``[..., L]``; the loss is a scalar. A call also takes ``mask``.
+        inputs and targets ``[..., L]``; the loss is a scalar. A call also takes ``mask``, and an
+        ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
@@ -111,7 +113,14 @@ class TwoWayLoss(nn.Module):
         self.ignore_index = ignore_index
         self.backend = backend
 
-    def forward(self, inputs: Tensor, targets: Tensor | SparseLabels, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor | SparseLabels,
+        *,
+        mask: Tensor | None = None,
+        ignore_index: int | None = None,
+    ) -> Tensor:
         return two_way_loss(
             inputs,
             targets,
@@ -119,7 +128,7 @@ class TwoWayLoss(nn.Module):
             self.tn,
             self.reduction,
             mask=mask,
-            ignore_index=self.ignore_index,
+            ignore_index=self.ignore_index if ignore_index is None else ignore_index,
             backend=self.backend,
         )
 

@@ -22,18 +22,19 @@ from ..functional.checks import (
 )
 from ..functional.elementwise import Options
 from ..functional.layer import call_of_labels
-from ..ops.linear import Call
+from ..ops.linear import Call, linear_loss
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
 from .shown import shown
 
-_OF_CALL = frozenset({"sample_weight", "mask", "normalizer"})
+_OF_CALL = frozenset({"sample_weight", "mask", "normalizer", "ignore_index"})
 
 
 class ElementwiseLoss(nn.Module):
     """What the elementwise losses share: the options that do not change from batch to batch.
 
-    A call takes those that do: ``sample_weight``, ``mask`` and ``normalizer``.
+    A call takes those that do: ``sample_weight``, ``mask`` and ``normalizer``; and an ``ignore_index`` in the place of
+    the module's, which None keeps, since labels of one form have a place for it, and those of another have not.
     """
 
     weight: Tensor | None
@@ -78,7 +79,8 @@ class ElementwiseLoss(nn.Module):
             "backend": self.backend,
             "upstream_memory": self._upstream_memory,
         }
-        return options | of_call  # type: ignore[return-value, operator]
+        given = {name: value for name, value in of_call.items() if value is not None}
+        return options | given  # type: ignore[return-value, operator]
 
     def extra_repr(self) -> str:
         more = {name: getattr(self, name) for name in ("weight", "pos_weight", "ignore_index")}
@@ -87,8 +89,11 @@ class ElementwiseLoss(nn.Module):
 
     _shown: tuple[str, ...] = ()
 
-    # Of a loss of one logit and one label: what a linear layer takes it in with.
-    formula: str | None = None
+
+class SeparableLoss(ElementwiseLoss):
+    """And those whose labels stand for themselves: a linear layer takes them in, some labels at a time."""
+
+    formula: str
 
     def _params(self) -> tuple[float, ...]:
         return ()
@@ -103,13 +108,24 @@ class ElementwiseLoss(nn.Module):
         of_call: dict[str, Any],
     ) -> Call:
         """The call of this loss on a linear layer's logits, checked, that `MultiLabelHead` makes."""
-        assert self.formula is not None
         options, alpha = self._options(of_call), getattr(self, "alpha", None)
         layer = input, linear_weight, target, linear_bias
         return call_of_labels(self.formula, self._params(), *layer, self.reduction, chunk_size, options, alpha=alpha)
 
+    def of_layer(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | SparseLabels,
+        linear_bias: Tensor | None = None,
+        chunk_size: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The loss of a linear layer's logits; :func:`bertloss_fast.linear_sigmoid_focal_loss` has the arguments."""
+        return linear_loss(self.linear_call(input, linear_weight, target, linear_bias, chunk_size, options))
 
-class SigmoidFocalLoss(ElementwiseLoss):
+
+class SigmoidFocalLoss(SeparableLoss):
     r"""Focal loss for multi-label classification; :func:`bertloss_fast.sigmoid_focal_loss` has the formula.
 
     Args:
@@ -121,7 +137,7 @@ class SigmoidFocalLoss(ElementwiseLoss):
 
     Shape:
         inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
@@ -156,7 +172,7 @@ class SigmoidFocalLoss(ElementwiseLoss):
         return F.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction, **self._options(options))
 
 
-class BCEWithLogitsLoss(ElementwiseLoss):
+class BCEWithLogitsLoss(SeparableLoss):
     """Binary cross-entropy on logits; :func:`bertloss_fast.binary_cross_entropy_with_logits` has the formula.
 
     A drop-in for :class:`torch.nn.BCEWithLogitsLoss`, whose state dict it loads and writes.
@@ -170,7 +186,7 @@ class BCEWithLogitsLoss(ElementwiseLoss):
 
     Shape:
         input and target ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no input fits; those that depend on the input at the call.
@@ -201,7 +217,7 @@ class BCEWithLogitsLoss(ElementwiseLoss):
         return F.binary_cross_entropy_with_logits(input, target, reduction=self.reduction, **self._options(options))
 
 
-class AsymmetricLossMultiLabel(ElementwiseLoss):
+class AsymmetricLossMultiLabel(SeparableLoss):
     """Asymmetric loss; :func:`bertloss_fast.asymmetric_loss` has the formula.
 
     Takes timm's arguments by the same positions and names.
@@ -218,7 +234,7 @@ class AsymmetricLossMultiLabel(ElementwiseLoss):
 
     Shape:
         inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.
@@ -272,7 +288,7 @@ class AsymmetricLossMultiLabel(ElementwiseLoss):
         )
 
 
-class PolyBinaryCrossEntropy(ElementwiseLoss):
+class PolyBinaryCrossEntropy(SeparableLoss):
     """Poly-1 on binary cross-entropy or the focal loss; :func:`bertloss_fast.poly_focal_loss` has the formula.
 
     Takes timm's arguments by the same positions and names.
@@ -287,7 +303,7 @@ class PolyBinaryCrossEntropy(ElementwiseLoss):
 
     Shape:
         inputs and targets ``[..., L]``; the loss is a scalar, or ``[..., L]`` with ``"none"``. A call also takes
-        ``sample_weight``, ``mask`` and ``normalizer``.
+        ``sample_weight``, ``mask``, ``normalizer``, and an ``ignore_index`` in the place of the module's.
 
     Raises:
         TypeError, ValueError: for arguments that no inputs fit; those that depend on the inputs at the call.

@@ -104,7 +104,7 @@ class CrossEntropyLoss(ClassLoss):
         label_smoothing: from 0 to 1.
         z_loss: what the squared logarithm of the sum of exponentials is multiplied by.
         logit_softcap: a cap > 0 of the logits.
-        backend: ``"triton"``, ``"eager"``, or ``None`` for the best that runs on the input's device.
+        backend: ``"triton"``, ``"eager"``, ``"inductor"``, or ``None`` for the best that runs on the input's device.
 
     Shape:
         input ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; target without ``C``, or with it for class probabilities. A
@@ -155,6 +155,31 @@ class CrossEntropyLoss(ClassLoss):
         assert isinstance(loss, Tensor)
         return loss
 
+    def of_layer(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
+        chunk_size: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The loss of a linear layer's logits; :func:`bertloss_fast.linear_cross_entropy` has the arguments."""
+        of_all = self._options(options)
+        if target.is_floating_point():
+            of_all["ignore_index"] = None  # probabilities have no place for it
+        return F.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            reduction=self.reduction,
+            z_loss=self.z_loss,
+            logit_softcap=self.logit_softcap,
+            chunk_size=chunk_size,
+            **of_all,
+        )
+
 
 class SoftmaxFocalLoss(ClassLoss):
     """Focal loss for single-label classification; :func:`bertloss_fast.softmax_focal_loss` has the formula.
@@ -193,6 +218,28 @@ class SoftmaxFocalLoss(ClassLoss):
 
     def forward(self, inputs: Tensor, targets: Tensor, **options: Any) -> Tensor:
         return F.softmax_focal_loss(inputs, targets, self.gamma, self.alpha, self.reduction, **self._options(options))
+
+    def of_layer(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
+        chunk_size: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The loss of a linear layer's logits; :func:`bertloss_fast.linear_softmax_focal_loss` has the arguments."""
+        return F.linear_softmax_focal_loss(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            reduction=self.reduction,
+            chunk_size=chunk_size,
+            **self._options(options),
+        )
 
 
 class PolyCrossEntropy(ClassLoss):

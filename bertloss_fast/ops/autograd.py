@@ -22,7 +22,8 @@ def compute_loss(
     if dispatch.needs_plain_operations() or operands.inputs.numel() == 0 or operands.inputs.is_meta:
         # The compiler makes one kernel of plain operations, and two of what they reduce; ours are fewer passes.
         has_gradients = family.grads_of_targets or not targets_require_grad
-        if (backend == "triton" or family.whole) and has_gradients and dispatch.can_keep_operators():
+        keeps = (backend == "triton" or family.whole) and has_gradients and dispatch.can_keep_operators()
+        if keeps and operands.inputs.numel():
             return compiled_loss(family, spec, operands, backend)
         return family.plain(spec, operands)
     if not torch.is_grad_enabled() or not any(source is not None and source.requires_grad for source in sources):
@@ -41,7 +42,7 @@ class _Loss(torch.autograd.Function):
         # Whether an upstream is the expected one can be told without a synchronisation by a kernel and by the CPU;
         # elsewhere backward computes the gradient.
         can_expect = spec.reduction != "none" and (backend == "triton" or operands.inputs.device.type == "cpu")
-        wanted = _of_family(family, _asked(ctx)) if can_expect else Wanted()
+        wanted = _of_family(family, _asked(ctx)) if can_expect or family.keeps_slopes else Wanted()
         expected = None
         if memory is not None and any(wanted):
             expected = memory.expected(backend, operands.inputs, spec.compute_dtype)
@@ -89,7 +90,7 @@ def _asked(ctx: Any) -> Wanted:
 
 def _of_family(family: Family, asked: Wanted) -> Wanted:
     """What its own code has."""
-    return asked if family.grads_of_targets else asked._replace(targets=False)
+    return asked._replace(targets=False) if asked.targets and not family.grads_of_targets else asked
 
 
 def _of_arguments(family: Family, grads: Gradients) -> tuple[Tensor | None, ...]:

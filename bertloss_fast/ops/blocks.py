@@ -17,10 +17,11 @@ def block_size(tensor: Tensor) -> int:
 
 
 def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rectangles of rows and columns that cover a matrix: whole rows where they fit, else parts of one row."""
+    """Rectangles of rows and columns that cover a matrix: whole rows where they about fit, else equal parts of one."""
     rows, cols = matrix.shape
-    col_step = min(cols, block_size(matrix))
-    row_step = block_size(matrix) // col_step
+    size = block_size(matrix)
+    col_step = -(-cols // max(round(cols / size), 1))
+    row_step = max(size // col_step, 1)
     for row in range(0, rows, row_step):
         for col in range(0, cols, col_step):
             yield slice(row, min(row + row_step, rows)), slice(col, min(col + col_step, cols))

@@ -109,7 +109,7 @@ class _Maker:
     def run(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         operands, spec = self.unpack(arguments)
         shapes = self.family.saved_shapes(spec, operands)
-        loss, saved = self.family.forward(backend, spec, operands, None, Wanted())
+        loss, saved = self.family.forward(backend, spec, operands, None, Wanted(inputs=self.family.keeps_slopes))
         empty = loss.new_empty(0, dtype=spec.compute_dtype)
         tensors = (getattr(saved, name) for name in _SAVED)
         return loss, *(empty.clone() if shape is None else t for shape, t in zip(shapes, tensors, strict=True))

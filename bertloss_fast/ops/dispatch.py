@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from functools import cache
 
 import torch
 from torch.autograd import forward_ad
@@ -16,12 +19,15 @@ except ImportError as error:  # Triton has no wheels outside Linux
     INTERPRETED = False
     TRITON_ERROR = f"Triton cannot be imported ({error})"
 
-BACKENDS = ("triton", "eager")
+BACKENDS = ("triton", "eager", "inductor")
 _TRITON_DEVICES = ("cuda", "xpu")
 
 
 def set_backend(backend: str | None) -> None:
-    """Choose the backend of every call that names none: "triton", "eager", or None for the best that runs.
+    """Choose the backend of every call that names none: "triton", "eager", "inductor", or None.
+
+    None is "triton" where it runs and "eager" elsewhere. "inductor" is chosen by name only: ``torch.compile`` takes
+    seconds at the first call with each set of options.
 
     Takes the place of the environment variable ``BERTLOSS_FAST_BACKEND``, which is read at import.
 
@@ -41,8 +47,12 @@ def set_backend(backend: str | None) -> None:
 
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device; None when it can."""
-    if backend == "eager":
+    if backend == "eager" or (backend == "inductor" and torch.compiler.is_compiling()):
         return None
+    if backend == "inductor":
+        reason = _why_not_compile(os.environ.get("CXX"), os.environ.get("PATH"))
+        if reason is not None or device.type == "cpu":
+            return reason
     if TRITON_ERROR is not None:
         return TRITON_ERROR
     if device.type in _TRITON_DEVICES or (device.type == "cpu" and INTERPRETED):
@@ -50,6 +60,24 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if device.type == "cpu":
         return "Triton compiles for GPUs only; TRITON_INTERPRET=1, set before the first import, runs its interpreter"
     return f"Triton has no target for device type '{device.type}'"
+
+
+@cache
+def _why_not_compile(cxx: str | None, path: str | None) -> str | None:
+    """Why torch.compile would not compile a loss, where the environment is this."""
+    from torch._dynamo.eval_frame import check_if_dynamo_supported  # its import takes a second
+
+    try:
+        check_if_dynamo_supported()
+    except RuntimeError as error:
+        return str(error)
+    if torch._dynamo.config.disable:
+        return "torch.compile is disabled (TORCH_COMPILE_DISABLE)"
+    # Those that torch looks for.
+    compiler = cxx or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler, path=path) is None:
+        return f"torch.compile finds no C++ compiler '{compiler}'; CXX names another"
+    return None
 
 
 def resolve(backend: str | None, device: torch.device) -> str:

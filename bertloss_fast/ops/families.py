@@ -34,11 +34,17 @@ class Saved(NamedTuple):
     grads: Gradients = Gradients()  # written in forward, for the upstream in the note
     note: Tensor | None = None  # []; None for 1
     denominator: Tensor | None = None  # where data tell it: [], or [k] of several parts of the loss
-    row_slopes: Tensor | None = None  # rowwise: [4, N]
+    row_slopes: Tensor | None = None  # rowwise: [4, N]; listwise: the gradient of each list's loss, [Q, n]
     col_slopes: Tensor | None = None  # two-way: [4, L]
+
+    def is_written_for(self, number: float | None) -> bool:
+        """Whether gradients are there, and for this upstream; None is one that nobody looked at."""
+        return any(grad is not None for grad in self.grads) and number == (1 if self.note is None else self.note.item())
 
 
 Shape = tuple[int, ...]
+OnePass = Callable[[Any, Any, Tensor, Wanted], tuple[Tensor, Gradients]]
+"""Loss and gradients for an upstream, of whole operands: ``(spec, operands, upstream, wanted)``."""
 
 
 class Family(NamedTuple):
@@ -75,3 +81,6 @@ class Family(NamedTuple):
 
     whole: bool = False
     """Whether a compiler keeps its eager code whole too, since plain operations would take memory that it saves."""
+
+    keeps_slopes: bool = False
+    """Whether forward leaves slopes for backward to scale, which it is always asked for if there is a backward."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
 from torch._C import DispatchKey
 
 # In an operator's code, as a compiled graph calls it, the dispatcher is past these.
@@ -23,10 +22,19 @@ def inner_autograd() -> Iterator[None]:
     for key in _AUTOGRAD:
         excluded = excluded.remove(key)
     dispatched = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-    hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with apart, dispatched, hooks, torch.enable_grad():
+    with apart, dispatched, _without_hooks(), torch.enable_grad():
         yield
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """None at all: torch.func refuses to run under any, one that does nothing included."""
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)

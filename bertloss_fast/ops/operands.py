@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.sigmoid import Operands
 from .blocks import blocks
-from .sparse import dense, dense_block
+from .sparse import dense, dense_blocks
 
 
 def with_dense_targets(operands: Operands) -> Operands:
@@ -61,11 +61,14 @@ def as_matrices(operands: Operands) -> Operands:
 def parts(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
     """The blocks of a call, and the operands' parts that they cut out."""
     operands = as_matrices(operands)
-    for block in blocks(operands.inputs):
-        part = cut_matrices(operands, *block)
-        if operands.crow is not None and operands.col is not None:
-            part = part._replace(targets=dense_block(operands.crow, operands.col, *block), crow=None, col=None)
-        yield block, part
+    places = list(blocks(operands.inputs))
+    if operands.crow is None or operands.col is None:
+        for place in places:
+            yield place, cut_matrices(operands, *place)
+        return
+    targets = dense_blocks(operands.crow, operands.col, operands.inputs.shape[1], places)
+    for place, of_place in zip(places, targets, strict=True):
+        yield place, cut_matrices(operands, *place)._replace(targets=of_place, crow=None, col=None)
 
 
 def cut_matrices(operands: Operands, rows: slice, labels: slice) -> Operands:

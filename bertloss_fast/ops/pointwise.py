@@ -14,6 +14,7 @@ from .autograd import compute_loss
 from .compiled import register
 from .families import Family, Saved, Shape, Wanted
 from .families import Gradients as Grads
+from .inductor import with_inductor
 from .operands import as_matrix, rows_and_labels
 from .upstream import Expected, UpstreamMemory
 
@@ -93,16 +94,18 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
 
 
 FAMILY = register(
-    Family(
-        "pointwise",
-        Spec,
-        Operands,
-        reference.loss,
-        _forward,
-        _backward,
-        _loss_shape,
-        _saved_shapes,
-        grads_of_targets=True,
+    with_inductor(
+        Family(
+            "pointwise",
+            Spec,
+            Operands,
+            reference.loss,
+            _forward,
+            _backward,
+            _loss_shape,
+            _saved_shapes,
+            grads_of_targets=True,
+        )
     )
 )
 

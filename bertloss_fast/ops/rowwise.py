@@ -17,8 +17,9 @@ from .autograd import compute_loss
 from .blocks import block_size
 from .compiled import register
 from .families import Family, Gradients, Saved, Shape, Wanted
+from .inductor import with_inductor
 from .operands import as_matrices, with_dense_targets
-from .sparse import dense_block
+from .sparse import dense_blocks
 from .upstream import Expected, UpstreamMemory, number_that_came
 
 if dispatch.TRITON_ERROR is None:
@@ -28,6 +29,8 @@ if dispatch.TRITON_ERROR is None:
 
 def rowwise_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None) -> Tensor:
     """A loss of the family, on valid arguments."""
+    if backend == "inductor":
+        operands = with_dense_targets(operands)
     return compute_loss(FAMILY, spec, operands, backend, memory)
 
 
@@ -72,7 +75,9 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     )
 
 
-FAMILY = register(Family("rowwise", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
+FAMILY = register(
+    with_inductor(Family("rowwise", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
+)
 
 
 def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
@@ -80,15 +85,16 @@ def _parts(operands: Operands) -> Iterator[tuple[slice, Operands]]:
     num_labels = operands.inputs.shape[-1]
     on_cpu = operands.inputs.device.type == "cpu"
     operands = as_matrices(operands if on_cpu else with_dense_targets(operands))
-    inputs, targets, mask = operands.inputs, operands.targets, operands.mask
+    inputs, mask = operands.inputs, operands.mask
     step = max(block_size(inputs) // num_labels, 1)
-    for start in range(0, len(inputs), step):
-        rows = slice(start, min(start + step, len(inputs)))
-        if operands.crow is not None and operands.col is not None:
-            targets_of_rows = dense_block(operands.crow, operands.col, rows, slice(0, num_labels))
-        else:
-            targets_of_rows = cast(Tensor, targets)[rows]
-        yield rows, Operands(inputs[rows], targets_of_rows, mask=None if mask is None else mask[rows])
+    groups = [slice(start, min(start + step, len(inputs))) for start in range(0, len(inputs), step)]
+    if operands.crow is not None and operands.col is not None:
+        places = [(rows, slice(0, num_labels)) for rows in groups]
+        targets = dense_blocks(operands.crow, operands.col, num_labels, places)
+    else:
+        targets = (cast(Tensor, operands.targets)[rows] for rows in groups)
+    for rows, of_rows in zip(groups, targets, strict=True):
+        yield rows, Operands(inputs[rows], of_rows, mask=None if mask is None else mask[rows])
 
 
 def _row_scale(spec: Spec, operands: Operands, denominator: int | Tensor | None) -> Tensor:
@@ -137,8 +143,8 @@ def _eager_zlpr_backward(
     spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
 ) -> Tensor:
     number = number_that_came(upstream, expected)
-    if saved.grads.inputs is not None and number == (1 if saved.note is None else saved.note.item()):
-        return saved.grads.inputs
+    if saved.is_written_for(number):
+        return cast(Tensor, saved.grads.inputs)
     denominator = reference.known_denominator(spec, operands) if saved.denominator is None else saved.denominator
     grad = operands.inputs.new_empty(operands.inputs.shape) if saved.grads.inputs is None else saved.grads.inputs
     scale = _row_scale(spec, operands, denominator)

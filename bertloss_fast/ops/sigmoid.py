@@ -16,6 +16,7 @@ from .autograd import compute_loss
 from .blocks import block_size, has_soft_labels
 from .compiled import register
 from .families import Family, Gradients, Saved, Shape, Wanted
+from .inductor import with_inductor
 from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
 from .passes import denominator, is_counted
 from .upstream import Expected, UpstreamMemory, number_that_came
@@ -36,6 +37,8 @@ _SMALL = 65536
 def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamMemory | None = None) -> Tensor:
     """A loss of the family, on valid arguments."""
     inputs = operands.inputs
+    if backend == "inductor":
+        operands = with_dense_targets(operands)
     if spec.formula in _SHORT and backend == "eager" and inputs.device.type == "cpu" and inputs.numel() <= _SMALL:
         operands = with_dense_targets(operands)
         return reference.loss(spec, operands, soft=_is_soft(spec, cast(Tensor, operands.targets)))
@@ -44,9 +47,11 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
 
 def _is_soft(spec: Spec, targets: Tensor) -> bool:
     """Whether the longer formula is needed."""
+    if spec.soft is not None:
+        return spec.soft
     if not targets.is_floating_point() or dispatch.needs_plain_operations():
         return targets.is_floating_point()
-    return has_soft_labels(targets) if spec.soft is None else spec.soft
+    return has_soft_labels(targets)
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
@@ -77,9 +82,8 @@ def _backward(
     expected: Expected | None,
     wanted: Wanted,
 ) -> Gradients:
-    count = denominator(spec, operands, backend) if saved.denominator is None else saved.denominator
     backward = _triton_backward if backend == "triton" else _eager_backward
-    return Gradients(backward(spec, operands, saved, count, upstream, expected))
+    return Gradients(backward(spec, operands, saved, upstream, expected))
 
 
 def _loss_shape(spec: Spec, operands: Operands) -> Shape:
@@ -90,7 +94,18 @@ def _saved_shapes(spec: Spec, operands: Operands) -> tuple[Shape | None, Shape |
     return () if is_counted(spec, operands) else None, None, None
 
 
-FAMILY = register(Family("sigmoid", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes))
+def _one_pass(spec: Spec, operands: Operands, upstream: Tensor, wanted: Wanted) -> tuple[Tensor, Gradients]:
+    """The closed forms, for a compiler."""
+    soft = cast(Tensor, operands.targets).is_floating_point() and spec.soft is not False
+    values, slopes = reference.elementwise(spec, operands, soft=soft, slope=wanted.inputs)
+    count = reference.denominator(spec, operands)
+    loss = values if spec.reduction == "none" else values.sum() / count
+    return loss, Gradients(None if slopes is None else (slopes * (upstream / count)).to(operands.inputs.dtype))
+
+
+FAMILY = register(
+    with_inductor(Family("sigmoid", Spec, Operands, _plain, _forward, _backward, _loss_shape, _saved_shapes), _one_pass)
+)
 
 
 def _triton_forward(
@@ -116,10 +131,11 @@ def _triton_forward(
 
 
 def _triton_backward(
-    spec: Spec, operands: Operands, saved: Saved, count: int | Tensor, upstream: Tensor, expected: Expected | None
+    spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
 ) -> Tensor:
     """The gradient; a launch that returns at once where it is written and what came was expected."""
     inputs = operands.inputs
+    count = denominator(spec, operands, "triton") if saved.denominator is None else saved.denominator
     grad = _room(inputs, saved.grads.inputs)
     if any(upstream.stride()):
         _launch(spec, operands, count, Upstream(), upstream, None, grad)
@@ -211,12 +227,13 @@ def _eager_forward(
 
 
 def _eager_backward(
-    spec: Spec, operands: Operands, saved: Saved, count: int | Tensor, upstream: Tensor, expected: Expected | None
+    spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
 ) -> Tensor:
     inputs = operands.inputs
     number = number_that_came(upstream, expected)
-    if saved.grads.inputs is not None and number == (1 if saved.note is None else saved.note.item()):
-        return saved.grads.inputs
+    if saved.is_written_for(number):
+        return cast(Tensor, saved.grads.inputs)
+    count = denominator(spec, operands, "eager") if saved.denominator is None else saved.denominator
     scale: float | Tensor = _inverse(count)
     if number is None:
         scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale

@@ -26,6 +26,11 @@ def _loss_of(spec: Spec) -> rows.Loss:
     )
 
 
+def _tensors_of(operands: Operands) -> rows.Operands:
+    factors = () if operands.sample_weight is None else (operands.sample_weight,)
+    return rows.Operands(*operands[:5], factors)
+
+
 def _is_pair(spec: Spec) -> bool:
     return spec.formula in FORMULAS
 
@@ -36,7 +41,7 @@ def new_partials(spec: Spec, operands: Operands) -> Tensor:
     if _is_pair(spec):
         cut = pairs.pair_config(inputs, spec.formula, spec.compute_dtype)
     else:
-        cut = softmax.row_config(inputs, _loss_of(spec), operands.targets, spec.compute_dtype)
+        cut = softmax.row_config(_loss_of(spec), _tensors_of(operands), spec.compute_dtype)
     return inputs.new_empty(rows.num_programs(len(inputs), cut), dtype=spec.compute_dtype)
 
 
@@ -72,8 +77,7 @@ def launch(
     written: bool = False,
 ) -> None:
     """On operands that are rows; the upstream gradient is one of a scalar, or ``upstreams`` of the losses."""
-    factors = () if operands.sample_weight is None else (operands.sample_weight,)
-    tensors = rows.Operands(*operands[:5], factors)
+    tensors = _tensors_of(operands)
     reduced = spec.reduction != "none"
     compute_dtype: torch.dtype = spec.compute_dtype
     if _is_pair(spec):

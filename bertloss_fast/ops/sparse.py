@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,26 @@ def dense_block(crow: Tensor, col: Tensor, rows: slice, cols: slice) -> Tensor:
     block = torch.zeros(len(crow) - 1, width, dtype=torch.uint8, device=col.device)
     block[row[inside], col[inside]] = 1
     return block
+
+
+def dense_blocks(crow: Tensor, col: Tensor, num_labels: int, blocks: Sequence[tuple[slice, slice]]) -> Iterator[Tensor]:
+    """The targets as 0 and 1 in blocks, whole rows or parts of one, that follow each other; a GPU waits.
+
+    All in the same memory, where only labels are set and cleared again: a block is another one after the next step.
+    """
+    begins = [rows.start * num_labels + cols.start for rows, cols in blocks]
+    ends = [*begins[1:], (len(crow) - 1) * num_labels]
+    places = row_of_label(crow, col) * num_labels + col
+    counts = torch.searchsorted(places, torch.tensor([0, *ends], device=col.device)).diff()
+    of_blocks = places - torch.tensor(begins, device=col.device).repeat_interleave(counts)
+    memory = torch.zeros(
+        max(end - begin for begin, end in zip(begins, ends, strict=True)), dtype=torch.uint8, device=col.device
+    )
+    for (rows, cols), labels in zip(blocks, torch.split(of_blocks, counts.tolist()), strict=True):
+        shape = rows.stop - rows.start, cols.stop - cols.start
+        memory.index_fill_(0, labels, 1)
+        yield memory[: shape[0] * shape[1]].view(shape)
+        memory.index_fill_(0, labels, 0)
 
 
 def dense(crow: Tensor, col: Tensor, shape: torch.Size) -> Tensor:

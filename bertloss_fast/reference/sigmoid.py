@@ -66,7 +66,7 @@ def elementwise(
     number = 1.0 if isinstance(scale, Tensor) else scale
     factor: Factor = number if number != 1 else None
     if operands.alpha is None and spec.alpha is not None and spec.alpha >= 0.1:
-        factor = y * ((2 * spec.alpha - 1) * number) + (1 - spec.alpha) * number
+        factor = torch.rsub(y, (1 - spec.alpha) * number, alpha=(1 - 2 * spec.alpha) * number)
     elif operands.alpha is not None or spec.alpha is not None:
         # A smaller alpha would lose its digits to that sum.
         alpha = spec.alpha if operands.alpha is None else operands.alpha.to(spec.compute_dtype)

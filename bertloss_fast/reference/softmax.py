@@ -156,7 +156,8 @@ class Row(NamedTuple):
 def _row(spec: Spec, operands: Operands, x: Tensor, margins: Tensor | None = None) -> Row:
     at = x.detach().argmax(-1, keepdim=True) if operands.labels is None else classes(operands).unsqueeze(-1)
     marked = at == torch.arange(x.shape[-1], device=x.device)
-    x_at = x.gather(-1, at)
+    # torch 2.13's compiler for CPUs may read the gradient of gather before it is written; and a sum costs it nothing.
+    x_at = torch.where(marked, x, 0).sum(-1, keepdim=True) if torch.compiler.is_compiling() else x.gather(-1, at)
     if margins is not None:
         x_at = x_at - spec.params[0] * margins.to(x.dtype)[at]
     lowest = torch.finfo(x.dtype).min
