@@ -10,7 +10,6 @@ command, started again, goes on from there. The picture lies beside it, and the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+import records
 import train_multilabel as demo
 
 DEFAULT_LOSSES = ("bce", "focal", "asl", "db", "zlpr")
@@ -42,17 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_record(options: argparse.Namespace) -> dict[str, Any]:
-    """What earlier runs of this command left, or a new record."""
-    from experiment import OptionError
-
-    settings = {"epochs": options.epochs, "labels": options.labels, "limit": options.limit}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    if not options.out.exists():
-        return {"settings": settings, "runs": []}
-    record = json.loads(options.out.read_text(encoding="utf-8"))
-    if record["settings"] != settings:
-        raise OptionError(f"--out {options.out}: its trainings had other settings: {record['settings']}")
-    return record
+    return records.load(options.out, {"epochs": options.epochs, "labels": options.labels, "limit": options.limit})
 
 
 def train_all(options: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -85,27 +75,18 @@ def train_all(options: argparse.Namespace, record: dict[str, Any]) -> None:
         figures = asdict(judge(loss, targets, model.predict(held_out_ids)).figures)
         run = {"loss": loss, "seed": seed, "seconds": round(history.seconds, 1), "examples": history.examples}
         record["runs"].append(run | {"figures": figures})
-        unfinished = options.out.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(options.out)
+        records.save(options.out, record)
         print(f"{loss}, seed {seed}: {history.examples:,} examples, micro-F1 {figures['micro_f1']:.3f}", flush=True)
 
 
 def spreads(options: argparse.Namespace, record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """For each loss that has a run, mean, lowest and highest over the seeds of each column: `[3, columns]`."""
-    found = {}
-    for loss in options.losses:
-        figures = [run["figures"] for run in record["runs"] if run["loss"] == loss and run["seed"] < options.seeds]
-        if figures:
-            values = np.array([[of_seed[column] for column in COLUMNS] for of_seed in figures], dtype=float)
-            found[loss] = np.stack([values.mean(0), values.min(0), values.max(0)])
-    return found
+    return records.spreads(record["runs"], "loss", options.losses, options.seeds, tuple(COLUMNS))
 
 
 def table(found: dict[str, np.ndarray]) -> str:
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     for loss, columns in found.items():
-        cells = [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in columns.T]
+        cells = map(records.shown, columns.T)
         lines.append(f"| {demo.LOSSES[loss]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from sklearn.metrics import f1_score, precision_recall_curve
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from bertloss_fast.metrics import best_threshold
 from clinical_codes import Family
 
 
@@ -85,15 +86,6 @@ def precision_at(k: int, truth: np.ndarray, scores: np.ndarray) -> float:
     """Of the k likeliest labels, the share that is right; a text with fewer than k labels cannot reach 1."""
     best = np.argpartition(-scores, min(k, scores.shape[1]) - 1)[:, :k]
     return float(np.take_along_axis(truth, best, axis=1).sum() / (k * len(truth)))
-
-
-def best_threshold(truth: np.ndarray, scores: np.ndarray, positives: int) -> float:
-    """The threshold, one for all labels, with the highest micro-F1; `positives` counts those without a score too."""
-    order = np.argsort(-scores, axis=None)
-    falling = scores.ravel()[order]
-    f1 = 2 * truth.ravel()[order].cumsum() / (positives + np.arange(1, len(order) + 1))
-    ends_a_tie = np.append(falling[1:] < falling[:-1], True)
-    return float(falling[np.where(ends_a_tie, f1, 0).argmax()])
 
 
 def judge(name: str, targets: Targets, scores: np.ndarray) -> Row:

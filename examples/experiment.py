@@ -41,6 +41,8 @@ SECONDS_FOR_THE_REPORT = 2.0
 LEAST_TRAINING_SHARE = 0.6
 """Of the time that is left, whatever the rest was measured to need: a machine busy just then would leave none."""
 TEXTS_SHOWN = 3
+LABELS_SHOWN = 3
+"""Of a text with --text, however unlikely."""
 WIDTH = 110
 
 
@@ -225,10 +227,14 @@ def describe_training(history: History) -> dict[str, Any]:
 
 
 def describe_machine(model: TextClassifier) -> dict[str, Any]:
+    return machine_of(model.device, model.autocast_dtype)
+
+
+def machine_of(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "precision": str(model.autocast_dtype),
+        "precision": str(precision),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -241,6 +247,10 @@ def label_text(options: argparse.Namespace) -> None:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
         raise OptionError(f"--text: {path} is no checkpoint of this demo; train one and it is replaced") from None
     model.to(choose_device(options.device))
-    for code, description, probability in model.label([options.text], at_least=3)[0]:
-        doubt = "" if probability >= model.threshold else "  (below the threshold)"
+    print_labels(model.label([options.text], at_least=LABELS_SHOWN)[0], model.threshold)
+
+
+def print_labels(labels: list[tuple[str, str, float]], threshold: float) -> None:
+    for code, description, probability in labels:
+        doubt = "" if probability >= threshold else "  (below the threshold)"
         print(f"{probability:4.0%}  {code:<8} {description}{doubt}")

@@ -57,6 +57,7 @@ def number(kind: type, condition: Callable[[float], bool], wanted: str) -> Calla
 count = number(int, lambda value: value >= 1, "a whole number of at least 1")
 limit = number(int, lambda value: value >= 100, "a whole number of at least 100")
 positive = number(float, lambda value: value > 0, "a number above 0")
+at_least_0 = number(float, lambda value: value >= 0, "a number of at least 0")
 
 
 def alpha(text: str) -> float | None:
@@ -72,27 +73,36 @@ def text_to_label(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    gamma = number(float, lambda value: value >= 0, "a number of at least 0")
     parser = argparse.ArgumentParser(
         description="Trains a text classifier on clinical codes with a loss of bertloss_fast and says how good it is."
     )
+    add_options_of_a_training(parser, loss="focal")
+    add_options_of_a_run(parser)
+    return parser
+
+
+def add_options_of_a_training(parser: argparse.ArgumentParser, loss: str) -> None:
+    """Of a multi-label classifier's; `loss` is the default."""
     add = parser.add_argument
     names = ", ".join(f"{name}: {meaning}" for name, meaning in LOSSES.items())
-    add("--loss", choices=LOSSES, default="focal", metavar="NAME", help=f"{names} (default %(default)s)")
-    add("--gamma", type=gamma, help="focusing of the focal loss (default 2)")
+    add("--loss", choices=LOSSES, default=loss, metavar="NAME", help=f"{names} (default %(default)s)")
+    add("--gamma", type=at_least_0, help="focusing of the focal loss (default 2)")
     add("--alpha", type=alpha, help="weight of the positives in the focal loss, 0 to 1, or none (default none)")
     add("--labels", type=count, help="how many labels, the commonest first (default 1000)")
     add("--epochs", type=positive, help="at most so many passes over the training texts (default: until time is up)")
     add("--batch-size", type=count, default=32, help="texts in a step (default %(default)s)")
-    add_options_of_a_run(parser)
     add("--text", type=text_to_label, help="label this text with the saved checkpoint; no training")
-    return parser
 
 
 def add_options_of_a_run(parser: argparse.ArgumentParser) -> None:
+    shown = "of the whole script, evaluation included (default %(default)g)"
+    parser.add_argument("--minutes", type=positive, default=3.0, help=shown)
+    add_options_of_the_data(parser)
+
+
+def add_options_of_the_data(parser: argparse.ArgumentParser) -> None:
     seed = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
     add = parser.add_argument
-    add("--minutes", type=positive, default=3.0, help="of the whole script, evaluation included (default %(default)g)")
     add("--limit", type=limit, help="use only so many of the 36,227 families of codes (default: all)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add(
@@ -106,6 +116,15 @@ def add_options_of_a_run(parser: argparse.ArgumentParser) -> None:
 
 def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
+    check_training(parser, options)
+    if options.text is not None:
+        trains = "`make demo` or `python examples/train_multilabel.py` trains one"
+        check_checkpoint(parser, options.runs / "checkpoint.pt", trains)
+    return options
+
+
+def check_training(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """The options of a training beside each other, and beside --text."""
     if options.text is not None:
         for name, value in vars(options).items():
             if name not in ("text", "runs", "device") and value != parser.get_default(name):
@@ -114,13 +133,11 @@ def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         parser.error(f"--gamma and --alpha belong to --loss focal; --loss {options.loss} takes neither")
     if options.loss == "focal" and options.gamma is None:
         options.gamma = 2.0
-    checkpoint = options.runs / "checkpoint.pt"
-    if options.text is not None and not checkpoint.is_file():
-        parser.error(
-            f"--text needs a trained checkpoint, and there is no {checkpoint}; "
-            "`make demo` or `python examples/train_multilabel.py` trains one"
-        )
-    return options
+
+
+def check_checkpoint(parser: argparse.ArgumentParser, path: Path, trains: str) -> None:
+    if not path.exists():
+        parser.error(f"--text needs a trained checkpoint, and there is no {path}; {trains}")
 
 
 def carry_out(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:

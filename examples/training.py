@@ -36,20 +36,20 @@ LEARNING_RATE, HEAD_LEARNING_RATE = 5e-4, 5e-3
 WARM_UP = 0.05
 """Share of the training in which the learning rate rises; it then falls to 0 in a straight line."""
 
-LOSSES: dict[str, Callable[[argparse.Namespace, Tensor, int], nn.Module]] = {
-    "focal": lambda options, counts, samples: SigmoidFocalLoss(options.alpha, options.gamma, "batchmean"),
-    "bce": lambda options, counts, samples: BCEWithLogitsLoss(reduction="batchmean"),
-    "asl": lambda options, counts, samples: AsymmetricLossMultiLabel(reduction="batchmean"),
-    "poly": lambda options, counts, samples: PolyBinaryCrossEntropy(reduction="batchmean"),
-    "db": lambda options, counts, samples: DistributionBalancedLoss(counts, samples, reduction="batchmean"),
-    "ghm": lambda options, counts, samples: GHMLoss(reduction="batchmean"),
-    "zlpr": lambda options, counts, samples: ZlprLoss(),
-    "twoway": lambda options, counts, samples: TwoWayLoss(),
+ELEMENTWISE: dict[str, Callable[..., nn.Module]] = {
+    "focal": lambda options, counts, samples, **more: SigmoidFocalLoss(options.alpha, options.gamma, **more),
+    "bce": lambda options, counts, samples, **more: BCEWithLogitsLoss(**more),
+    "asl": lambda options, counts, samples, **more: AsymmetricLossMultiLabel(**more),
+    "poly": lambda options, counts, samples, **more: PolyBinaryCrossEntropy(**more),
+    "db": lambda options, counts, samples, **more: DistributionBalancedLoss(counts, samples, **more),
+    "ghm": lambda options, counts, samples, **more: GHMLoss(**more),
 }
-"""Each takes the options, how often each label occurs in training, and how many texts that has.
+"""Each takes the options, how often each label occurs in training, how many texts that has, and the module's options.
 
-The elementwise ones sum over labels: a mean over 1000 of them would leave the few positives no weight.
+They sum over labels: a mean over 1000 of them would leave the few positives no weight.
 """
+OF_ROWS: dict[str, Callable[[], nn.Module]] = {"zlpr": ZlprLoss, "twoway": TwoWayLoss}
+LOSSES = (*ELEMENTWISE, *OF_ROWS)
 
 
 @dataclass
@@ -72,8 +72,12 @@ Pace = Callable[[History], float]
 """How far training has come after a step; at 1 it ends."""
 
 
-def make_loss(options: argparse.Namespace, train_label_counts: Tensor, num_samples: int) -> nn.Module:
-    return LOSSES[options.loss](options, train_label_counts, num_samples)
+def make_loss(options: argparse.Namespace, train_label_counts: Tensor, num_samples: int, **more: Any) -> nn.Module:
+    """`more` are options of the module, which only an elementwise loss takes."""
+    if options.loss in OF_ROWS:
+        return OF_ROWS[options.loss](**more)
+    make = ELEMENTWISE[options.loss]
+    return make(options, train_label_counts, num_samples, reduction="batchmean", **more)
 
 
 def sparse_labels(targets: csr_matrix) -> SparseLabels:
