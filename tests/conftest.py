@@ -1,6 +1,11 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
 
+import gc
+import importlib
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +13,8 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import bertloss_fast
 
 # The interpreter's speed depends on the machine: no deadline for one example, and the same examples on every run.
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
@@ -26,11 +33,44 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """On the CPU the eager backend cuts large tensors into blocks; here it does so with small ones too."""
     if request.param == "eager in blocks":
         monkeypatch.setattr("bertloss_fast.ops.sigmoid._SMALL", 0)
+        monkeypatch.setattr("bertloss_fast.ops.softmax._SMALL", 0)
         monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 8)
     return request.param.split()[0]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that threads only wait for each other; Trainer collects garbage after each training."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """For what is not about the kernels, which have tests of their own."""
+    bertloss_fast.set_backend("eager")
+    yield
+    bertloss_fast.set_backend(None)
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports one of the examples' modules. What that sets in the environment goes again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        patch.setattr(os, "environ", os.environ.copy())
+        yield importlib.import_module
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("HYPOTHESIS_PROFILE") != "full":
+        swept = [item for item in items if "sweep" in item.keywords]
+        config.hook.pytest_deselected(items=swept)
+        items[:] = [item for item in items if "sweep" not in item.keywords]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

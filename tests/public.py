@@ -38,6 +38,12 @@ MODULES = {
 Given = tuple[Any, ...]
 
 
+def one_of_each(losses: dict[str, Any]) -> set[str]:
+    """The first loss of every file and kind of targets: for what costs seconds, and is the same for those after it."""
+    firsts = {(loss.__module__, *forms(loss)): name for name, loss in reversed(losses.items())}
+    return set(firsts.values())
+
+
 def labels(rows: int, device: torch.device) -> Tensor:
     """Dense labels of several classes."""
     return uniform(rows, SHAPE[1], device=device, seed=3) < 0.4
@@ -61,7 +67,14 @@ def from_labels(loss: Any, y: Tensor) -> Given:
         "softmax": (first,),
         "distillation": (distribution, first)[: len(forms(loss)["dense"](len(y), y.device))],
         "pointwise": (distribution,),
+        "listwise": (y.int(),) if "labels" in names_of(loss) else (),
     }[family]
+
+
+def names_of(loss: Any) -> list[str]:
+    """What a function or module is called with."""
+    call = loss.forward if isinstance(loss, type) else loss
+    return [name for name in inspect.signature(call).parameters if name != "self"]
 
 
 def call(module: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -71,6 +84,11 @@ def call(module: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
 
 def distributions(rows: int, device: torch.device) -> Tensor:
     return logits(rows, SHAPE[1], device=device, seed=4).detach().softmax(-1)
+
+
+def relevance(rows: int, device: torch.device) -> Tensor:
+    """Graded labels of documents, equal ones among them."""
+    return (4 * uniform(rows, SHAPE[1], device=device, seed=6)).floor()
 
 
 # What comes after the logits, by the family that a function or module is of, whose file has its name.
@@ -88,6 +106,7 @@ FORMS: dict[str, dict[str, Callable[[int, torch.device], Given]]] = {
         "alone": lambda rows, device: (distributions(rows, device),),
     },
     "pointwise": {"dense": lambda rows, device: (distributions(rows, device),)},
+    "listwise": {"dense": lambda rows, device: (relevance(rows, device),)},
 }
 
 
@@ -110,9 +129,9 @@ def forms(loss: Any) -> dict[str, Callable[[int, torch.device], Given]]:
         takes_classes = "softmax" in loss.__name__ or loss.__name__ == "linear_cross_entropy"
         return LINEAR["classes" if takes_classes else "labels"]
     of_family = FORMS[family]
-    call = loss.forward if isinstance(loss, type) else loss
-    names = [name for name in inspect.signature(call).parameters if name != "self"]
+    if family == "listwise" and "labels" not in names_of(loss):
+        return {"dense": lambda rows, device: ()}
     if of_family is not FORMS["distillation"]:
         return of_family
-    takes_classes = len(names) > 2 and names[2] == "targets"
+    takes_classes = names_of(loss)[2:3] == ["targets"]
     return {"dense": of_family["dense" if takes_classes else "alone"]}

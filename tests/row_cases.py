@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import row_oracles as oracles
 import torch
 from cases import logits, uniform
@@ -15,6 +16,26 @@ import bertloss_fast as bf
 OF_ROWS = ("sample_weight", "normalizer")
 OF_LABELS = (*OF_ROWS, "ignore_index")
 OF_CLASSES = (*OF_LABELS, "weight", "label_smoothing")
+
+
+def cut_rows(
+    patch: pytest.MonkeyPatch, longest: int | None = None, tile: int | None = None, rows: int | None = None
+) -> None:
+    """How the kernels of one row and of two cut: the longest row in one piece, the tile of a longer one, and how many
+    short rows share a tile; all less where more is kept of each logit."""
+    from bertloss_fast.kernels import pairs, softmax
+
+    plain = softmax._CUTS[1]
+    wanted = {"longest": longest, "tile": tile, "rows": rows}
+    scales = {name: value / getattr(plain, name) for name, value in wanted.items() if value is not None}
+    cuts = {
+        kept: cut._replace(**{name: int(scale * getattr(cut, name)) for name, scale in scales.items()})
+        for kept, cut in softmax._CUTS.items()
+    }
+    patch.setattr(softmax, "_CUTS", cuts)
+    for name, value in (("_LONGEST", longest), ("_TILE_OF_LONG", tile), ("_MOST_ROWS", rows)):
+        if value is not None:
+            patch.setattr(pairs, name, value)
 
 
 class RowLoss(NamedTuple):

@@ -8,15 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import programs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,34 +29,17 @@ for needed in ("sklearn", "tqdm", "matplotlib", "transformers", "simple_icd_10_c
 SMALL = ("--limit", "600", "--labels", "50")
 
 
-def start(*arguments: str, runs: Path) -> subprocess.Popen[str]:
-    """Without the interpreter that the other tests use: the demo runs compiled code, or the CPU's."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--runs", str(runs), *arguments],
-        env=environment | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        output, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
+def demo(runs: Path, *arguments: str) -> programs.Ended:
+    return programs.run(SCRIPT, "--runs", str(runs), *arguments, folder=runs)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory of a finished run, and what the run printed."""
     runs = tmp_path_factory.mktemp("runs")
-    code, output, errors = finish(start(*SMALL, "--minutes", "0.5", "--epochs", "2", runs=runs))
-    assert code == 0, errors
-    return runs, output
+    ended = demo(runs, *SMALL, "--minutes", "3", "--epochs", "2")
+    assert ended.status == 0, ended.errors
+    return runs, ended.output
 
 
 @pytest.fixture
@@ -114,20 +95,19 @@ def test_draws_a_picture(trained: tuple[Path, str]) -> None:
 
 
 def test_the_checkpoint_labels_a_text(trained: tuple[Path, str]) -> None:
-    code, output, errors = finish(start("--text", "Displaced fracture of right ulna", runs=trained[0]))
-    assert code == 0, errors
-    assert "Injury, poisoning and certain other consequences of external causes" in output.splitlines()[0]
+    ended = demo(trained[0], "--text", "Displaced fracture of right ulna")
+    assert ended.status == 0, ended.errors
+    assert "Injury, poisoning and certain other consequences of external causes" in ended.output.splitlines()[0]
 
 
 def test_ctrl_c_keeps_what_was_trained(tmp_path: Path) -> None:
-    process = start(*SMALL, "--minutes", "10", runs=tmp_path)
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("Training on"):
-        assert line, finish(process)[2]
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    code, _, errors = finish(process)
-    assert code == 0, errors
+    arguments = ("--runs", str(tmp_path), *SMALL, "--minutes", "10")
+    with programs.Program(SCRIPT, *arguments, folder=tmp_path) as program:
+        program.wait_for("training ")
+        time.sleep(1)
+        program.press_ctrl_c()
+        ended = program.wait()
+    assert ended.status == 0, ended.errors
     assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["training"]["interrupted"]
     assert (tmp_path / "checkpoint.pt").is_file()
 
@@ -148,9 +128,9 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_bad_option_gets_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
-    code, _, errors = finish(start(*arguments, runs=tmp_path))
-    assert code == 2
-    assert sentence in errors
+    ended = demo(tmp_path, *arguments)
+    assert ended.status == 2
+    assert sentence in ended.errors
 
 
 LOSSES = ("focal", "bce", "asl", "poly", "db", "ghm", "zlpr", "twoway")

@@ -41,7 +41,7 @@ class Ended:
         processes = [
             subprocess.Popen([*command, str(rank), str(folder), *checks], env=environment) for rank in range(world)
         ]
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         try:
             self.codes = [process.wait(deadline - time.monotonic()) for process in processes]
         finally:

@@ -77,7 +77,7 @@ CASES: dict[str, row_errors.Case] = {
         (X, Y),
         {"backend": "cuda"},
         ValueError,
-        "backend: expected one of triton, eager.*'cuda'",
+        "backend: expected one of triton, eager, inductor.*'cuda'",
     ),
     # options
     "mask of another shape": (FOCAL, (X, Y), {"mask": MASK[:1]}, ValueError, r"mask: .*\(4, 5\).*\(1, 5\)"),

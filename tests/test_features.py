@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DOUBLE, logits, uniform
-from public import FUNCTIONS, MODULES, SHAPE, forms, needed
+from public import FUNCTIONS, MODULES, SHAPE, forms, needed, one_of_each
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.amp import GradScaler
@@ -79,12 +79,12 @@ def checkpointed(f: Call, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def in_threads(f: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
-    threads = [threading.Thread(target=lambda: found.append(value_and_grad(f, x))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(value_and_grad(f, x))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
+    assert len(found) == 4
     assert all(torch.equal(value, found[0][0]) and torch.equal(grad, found[0][1]) for value, grad in found)
     return found[0]
 
@@ -92,7 +92,7 @@ def in_threads(f: Call, x: Tensor) -> tuple[Tensor, Tensor]:
 def deterministic(f: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [value_and_grad(f, x) for _ in range(10)]
+        runs = [value_and_grad(f, x) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
@@ -138,7 +138,7 @@ FEATURES: dict[str, tuple[Callable[[Call, Tensor], Any], Callable[[Call, Tensor]
         lambda f, x: torch.stack([2 * f(x) * value_and_grad(f, x)[1], -2 * f(x) * value_and_grad(f, x)[1]]),
     ),
     "activation checkpointing": (checkpointed, value_and_grad),
-    "8 threads": (in_threads, value_and_grad),
+    "4 threads": (in_threads, value_and_grad),
     "deterministic algorithms": (deterministic, value_and_grad),
 }
 
@@ -152,9 +152,20 @@ WAYS += [
 ]
 
 
+def is_swept(name: str, *way: str) -> bool:
+    """Every loss is compiled once; in the other ways to compile, which take seconds, one of each family."""
+    compiles = "compile" in way[0]
+    return compiles and way != ("torch.compile", "triton", "dense") and name not in one_of_each(FUNCTIONS)
+
+
 @pytest.mark.parametrize(
     ("name", "feature", "backend", "form"),
-    [(name, *way) for name, function in FUNCTIONS.items() for way in WAYS if way[2] in forms(function)],
+    [
+        pytest.param(name, *way, marks=[pytest.mark.sweep] if is_swept(name, *way) else [])
+        for name, function in FUNCTIONS.items()
+        for way in WAYS
+        if way[2] in forms(function)
+    ],
 )
 def test_features(name: str, feature: str, backend: str, form: str, device: torch.device) -> None:
     function, fixed = FUNCTIONS[name], needed(FUNCTIONS[name])
@@ -213,8 +224,14 @@ def test_strict_export(name: str, device: torch.device) -> None:
     torch.testing.assert_close(exported.module()(*given), module(*given), **DOUBLE)
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "triton") for name in MODULES]
+    + [
+        pytest.param(name, "eager", marks=[] if name in one_of_each(MODULES) else [pytest.mark.sweep])
+        for name in MODULES
+    ],
+)
 def test_a_compiled_module(name: str, backend: str, device: torch.device) -> None:
     """Static first, then a shape that Dynamo has not seen; and without a word of distrust."""
     torch._dynamo.reset()
@@ -241,6 +258,9 @@ OPERATORS = [
         "mse_loss",
         "linear_sigmoid_focal_loss",
         "linear_cross_entropy",
+        "lambda_loss",
+        "adr_mse_loss",
+        "p_list_mle_loss",
     )
     for reduction in ("none", "mean", "mean_positive")
     for form in (*forms(FUNCTIONS[name]), "masked")
@@ -297,6 +317,7 @@ def test_losses_in_workers(start: str) -> None:
         Rows(),
         batch_size=4,
         num_workers=1,
+        timeout=300,
         collate_fn=bf.collate_labels(SHAPE[1]),
         multiprocessing_context=multiprocessing.get_context(start),
     )

@@ -56,6 +56,17 @@ def test_on_a_side_stream() -> None:
     assert torch.equal(loss, expected)
 
 
+@pytest.mark.parametrize("classes", [2, 20, 1000, 30522, 50257])
+def test_the_label_s_gradient_is_stored_last(classes: int) -> None:
+    """Another thread stores a 0 in its place first."""
+    x = torch.randn(2**24 // classes, classes, device=CUDA).requires_grad_()
+    y = torch.randint(classes, (len(x),), device=CUDA)
+    (expected,) = torch.autograd.grad(bf.cross_entropy(x, y, reduction="sum", backend="eager"), x)
+    for _ in range(5):
+        (grad,) = torch.autograd.grad(bf.cross_entropy(x, y, reduction="sum"), x)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
 LINEAR = {"linear focal": bf.linear_sigmoid_focal_loss, "linear cross-entropy": bf.linear_cross_entropy}
 
 

@@ -40,6 +40,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "margin-mse": lambda: bf.MarginMSELoss(),
     "mse": lambda: bf.MSELoss(),
     "kl": lambda: bf.KLDivLoss(reduction="batchmean"),
+    "lambda": lambda: bf.LambdaLoss("NDCGLoss1", k=3, sigma=0.5, reduction="batchmean"),
+    "rank-net": lambda: bf.RankNetLoss(k=2, reduction_log="natural"),
+    "list-net": lambda: bf.ListNetLoss(),
+    "list-mle": lambda: bf.ListMLELoss("sum"),
+    "p-list-mle": lambda: bf.PListMLELoss(torch.linspace(3, 1, L)),
+    "adr-mse": lambda: bf.ADRMSELoss(2.0),
+    "negatives": lambda: bf.MultipleNegativesRankingLoss(2.0, None),
     "bce-weighted": lambda: bf.BCEWithLogitsLoss(torch.arange(1.0, L + 1), reduction="sum", pos_weight=torch.ones(L)),
 }
 
@@ -130,13 +137,33 @@ def test_deprecated_arguments_as_in_torch(size_average: bool | None, reduce: boo
 REFUSED = ("weight", "pos_weight", "label_smoothing", "ignore_index", "backend", "smoothing")
 
 
-# torch's mse_loss has its weight from the call.
-@pytest.mark.parametrize(("name", "option"), [(n, o) for n in MODULES for o in REFUSED if (n, o) != ("mse", "weight")])
+def takes(name: str, option: str) -> bool:
+    """torch's mse_loss has its weight from the call; which labels are ignored depends on what holds them."""
+    several = {"sigmoid", "imbalance", "rowwise"}
+    family = type(MODULES[name]()).__module__.rpartition(".")[2]
+    return (name, option) == ("mse", "weight") or (option == "ignore_index" and family in several)
+
+
+@pytest.mark.parametrize(("name", "option"), [(n, o) for n in MODULES for o in REFUSED if not takes(n, o)])
 def test_what_a_call_does_not_take(name: str, option: str) -> None:
     """Nothing is taken and then ignored."""
     x = torch.zeros(5, L)
     with pytest.raises(TypeError, match=option):
         call(MODULES[name](), x, x.bool(), **{option: 1})
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if takes(name, "ignore_index")])
+def test_what_a_call_ignores(name: str, device: torch.device, backend: str) -> None:
+    """As a mask has it: what the call says, or what the module does where that is None."""
+    module = MODULES[name]().to(device)
+    module.backend, module.ignore_index = backend, -7
+    x, y = batch(device)
+    mask = torch.ones_like(y)
+    mask[1, 2:] = mask[3] = False
+    expected = call(MODULES[name]().to(device), x, y, mask=mask)
+    for ignored, given in ((-100, -100), (-7, None)):
+        found = call(module, x, torch.where(mask, y.int(), ignored), ignore_index=given)
+        torch.testing.assert_close(found, expected)
 
 
 def test_counts_stay_fp32(device: torch.device) -> None:

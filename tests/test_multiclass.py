@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import programs
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_multiclass.py"
@@ -23,17 +22,8 @@ for needed in ("sklearn", "tqdm", "matplotlib", "transformers", "simple_icd_10_c
         pytest.skip(f"the example needs {needed}, which `make test` installs", allow_module_level=True)
 
 
-def run(*arguments: str, runs: Path) -> subprocess.CompletedProcess[str]:
-    """Without the interpreter that the other tests use: the example runs compiled code, or the CPU's."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--runs", str(runs), *arguments],
-        env=environment | {"PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+def run(runs: Path, *arguments: str) -> programs.Ended:
+    return programs.run(SCRIPT, "--runs", str(runs), *arguments, folder=runs)
 
 
 @pytest.fixture
@@ -101,15 +91,15 @@ def test_a_bad_option_gets_a_sentence(
 def test_what_is_no_checkpoint_gets_a_sentence(tmp_path: Path) -> None:
     teacher = tmp_path / "teacher.pt"
     teacher.write_text("no checkpoint")
-    finished = run("--loss", "distillation", "--teacher", str(teacher), "--limit", "100", runs=tmp_path)
-    assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1].endswith(f"--teacher {teacher}: is no checkpoint of this script")
+    finished = run(tmp_path, "--loss", "distillation", "--teacher", str(teacher), "--limit", "100")
+    assert finished.status == 2
+    assert finished.errors.splitlines()[-1].endswith(f"--teacher {teacher}: is no checkpoint of this script")
 
 
 def test_a_distillation_ends_in_time_and_reports_teacher_student_and_baselines(tmp_path: Path) -> None:
     arguments = ("--language", "chinese", "--loss", "distillation", "--limit", "400", "--minutes", "0.33")
-    finished = run(*arguments, "--epochs", "1", runs=tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    finished = run(tmp_path, *arguments, "--epochs", "1")
+    assert finished.status == 0, finished.errors
     report = json.loads((tmp_path / "chinese-distillation.json").read_text(encoding="utf-8"))
     # Imports and the data come first; on a machine that needs all of the 20 s for them, the rest is a batch or two.
     assert report["seconds"] < max(20, report["setup_seconds"] + 10)
@@ -120,7 +110,7 @@ def test_a_distillation_ends_in_time_and_reports_teacher_student_and_baselines(t
         "majority class",
     ]
     for name, figures in report["figures"].items():
-        assert name in finished.stdout
+        assert name in finished.output
         assert 0 <= figures["macro_f1"] <= 1
         assert 0 <= figures["accuracy"] <= 1
     assert report["data"] == {"classes": 2, "train": 320, "tested": 40}

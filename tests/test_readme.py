@@ -13,17 +13,23 @@ from pathlib import Path
 import pytest
 
 import bertloss_fast as bf
+from tests import readme_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 BLOCKS = [
-    pytest.param(language, text, id=f"{page.name}-{number}-{language}")
+    pytest.param(fence, text, id=f"{page.name}-{number}-{fence}")
     for page in PAGES
-    for number, (language, text) in enumerate(BLOCK.findall(page.read_text()))
+    for number, (fence, text) in enumerate(BLOCK.findall(page.read_text()))
 ]
 # Programs that take minutes are shown to start: their own tests run them through.
-LONG = ("examples/train_multilabel.py", "examples/train_multiclass.py", "examples/train_xmc.py", "bench", "bench.sass")
+LONG = (
+    *(f"examples/train_{name}.py" for name in ("multilabel", "multiclass", "xmc", "reranker")),
+    "examples/finetune_bert.py",
+    "bench",
+    "bench.sass",
+)
 SHORT = {program: ["--help"] for program in LONG}
 
 
@@ -42,10 +48,12 @@ def check_command(command: list[str]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("language", "text"), BLOCKS)
-def test_code_block(language: str, text: str) -> None:
+@pytest.mark.parametrize(("fence", "text"), BLOCKS)
+def test_code_block(fence: str, text: str, tmp_path: Path) -> None:
+    language, _, user = fence.partition(" yours=")
     if language == "python":
-        exec(compile(text, "<documentation>", "exec"), {"__name__": "__main__"})
+        names = getattr(readme_names, user)(tmp_path) if user else {}
+        exec(compile(text, "<documentation>", "exec"), {"__name__": "__main__"} | names)
     elif language == "sh":
         for line in text.strip().splitlines():
             command = shlex.split(line, comments=True)
@@ -57,7 +65,7 @@ def test_code_block(language: str, text: str) -> None:
             )
             assert result.returncode == 0, result.stdout + result.stderr
     else:
-        assert language == "text", f"a block in {language!r} has no test"
+        assert fence == "text", f"a block in {fence!r} has no test"
 
 
 @pytest.mark.parametrize("name", bf.__all__)

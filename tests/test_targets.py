@@ -7,69 +7,36 @@ import dataclasses
 import io
 import pickle
 from collections.abc import Callable
-from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from target_cases import (
+    COL,
+    CROW,
+    LABELS,
+    PADDED,
+    ROWS,
+    L,
+    Rows,
+    check,
+    csr,
+    dense_of,
+    padded,
+    soft,
+    sparse_csr,
+    with_values,
+)
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from bertloss_fast import SparseLabels, collate_labels
+from bertloss_fast import SparseLabels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-
-Rows = list[list[int]]
-ROWS: Rows = [[3, 0], [], [4, 1, 4, 2], [0]]
-L = 5
-
-
-def dense_of(rows: Rows, num_labels: int) -> torch.Tensor:
-    dense = torch.zeros(len(rows), num_labels, dtype=torch.bool)
-    for row, labels in enumerate(rows):
-        for label in labels:
-            dense[row, label] = True
-    return dense
-
-
-def check(labels: SparseLabels, rows: Rows, num_labels: int) -> None:
-    distinct = [sorted(set(row)) for row in rows]
-    assert labels.crow_indices.tolist() == list(accumulate(map(len, distinct), initial=0))
-    assert labels.col_indices.tolist() == list(chain(*distinct))
-    assert labels.crow_indices.dtype == torch.int64
-    assert labels.crow_indices.is_contiguous()
-    assert labels.col_indices.is_contiguous()
-    assert (labels.shape, len(labels), labels.num_labels) == ((len(rows), num_labels), len(rows), num_labels)
-    assert type(labels.shape) is tuple
-    assert labels.nnz == sum(map(len, distinct))
-    assert torch.equal(labels.to_dense(), dense_of(rows, num_labels))
-
-
-def padded(rows: Rows, padding: int, dtype: torch.dtype) -> torch.Tensor:
-    """Padding on the left of odd rows, on the right of even ones, and one column of nothing else."""
-    width = max(map(len, rows), default=0) + 1
-    fill = [[padding] * (width - len(row)) for row in rows]
-    table = [fill[i] + row if i % 2 else row + fill[i] for i, row in enumerate(rows)]
-    return torch.tensor(table, dtype=dtype).reshape(len(rows), width)
-
-
-def csr(rows: Rows, dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Tensor]:
-    crow = torch.tensor(list(accumulate(map(len, rows), initial=0)), dtype=dtype)
-    return crow, torch.tensor(list(chain(*rows)), dtype=dtype)
-
-
-def sparse_csr(rows: Rows, num_labels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Each row's labels, then an explicit zero at each label that it has not."""
-    full = [row + [label for label in range(num_labels) if label not in row] for row in rows]
-    values = torch.tensor(
-        [float(i < len(row)) for row, all_of in zip(rows, full, strict=True) for i in range(len(all_of))]
-    )
-    crow, col = csr(full, torch.int32)
-    return torch.sparse_csr_tensor(crow, col, values.to(dtype), (len(rows), num_labels), check_invariants=False)
 
 
 def ones_csr(rows: Rows, num_labels: int) -> torch.Tensor:
@@ -162,137 +129,6 @@ ROWS_TAKEN: list[tuple[Any, list[int]]] = [
 @pytest.mark.parametrize(("index", "rows"), ROWS_TAKEN, ids=str)
 def test_rows_by_index(index: Any, rows: list[int]) -> None:
     check(SparseLabels.from_lists(ROWS, L)[index], [ROWS[row] for row in rows], L)
-
-
-def soft(value: float) -> torch.Tensor:
-    dense = dense_of(ROWS, L).double()
-    dense[2, 3] = value
-    return dense
-
-
-LABELS = SparseLabels.from_lists(ROWS, L)
-CROW, COL = csr(ROWS)
-PADDED = padded(ROWS, -100, torch.int64)
-LISTS, PAD, DENSE = SparseLabels.from_lists, SparseLabels.from_padded, SparseLabels.from_dense
-CSR, TORCH_CSR, CAT = SparseLabels.from_csr, SparseLabels.from_sparse_csr, SparseLabels.cat
-
-
-def with_values(value: float) -> torch.Tensor:
-    values = torch.tensor([1.0, 1.0, value])
-    return torch.sparse_csr_tensor(*csr([[1], [0, 3]]), values, (2, L), check_invariants=True)
-
-
-def nested() -> torch.Tensor:
-    return torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
-
-
-# function, arguments, error, what its sentence says
-CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str]] = {
-    "lists: too large": (LISTS, ([[0], [], [4, 7]], L), ValueError, "labels: expected 0 <= label < 5, got 7 in row 2"),
-    "lists: L itself": (LISTS, ([[5]], L), ValueError, "labels: .* got 5 in row 0"),
-    "lists: negative": (LISTS, ([[0], [-1]], L), ValueError, "labels: .* got -1 in row 1"),
-    "lists: beyond 64 bits": (LISTS, ([[0], [2**70]], L), ValueError, f"labels: .* got {2**70} in row 1"),
-    "lists: an unsigned one": (LISTS, ([np.array([2**64 - 1], np.uint64)], L), ValueError, f"got {2**64 - 1} in row 0"),
-    "lists: no labels at all": (LISTS, ([[], [0]], 0), ValueError, "0 <= label < 0, got 0 in row 1"),
-    "lists: a float": (LISTS, ([[0], [1, 2.0]], L), TypeError, "labels: expected integers, got float in row 1"),
-    "lists: a bool among integers": (LISTS, ([[0, True]], L), TypeError, "labels: .* got bool in row 0"),
-    "lists: numpy's bool": (LISTS, ([[np.True_]], L), TypeError, "labels: .* got bool.* in row 0"),
-    "lists: a string": (LISTS, ([[0], ["3"]], L), TypeError, "labels: .* got str in row 1"),
-    "lists: a row that is a string": (
-        LISTS,
-        ([[0], "3"], L),
-        TypeError,
-        "expected a list of integers in row 1, got str",
-    ),
-    "lists: a flat list": (LISTS, ([3, 4], L), TypeError, "labels: expected a list of integers in row 0, got int"),
-    "lists: None for no labels": (LISTS, ([[1], None], L), TypeError, "labels: .*in row 1, got NoneType"),
-    "lists: a float array": (LISTS, ([np.array([1.0])], L), TypeError, "labels: .* got float in row 0"),
-    "lists: a bool tensor": (LISTS, ([torch.tensor([True])], L), TypeError, "labels: .* got bool in row 0"),
-    "lists: a matrix": (LISTS, ([torch.zeros(1, 2).int()], L), TypeError, "labels: .* got list in row 0"),
-    "lists: a scalar tensor": (LISTS, ([torch.tensor(3)], L), TypeError, "labels: .*in row 0, got int"),
-    "num_labels: a float": (LISTS, (ROWS, 5.0), TypeError, "num_labels: expected an integer, got float"),
-    "num_labels: a bool": (PAD, (PADDED, True), TypeError, "num_labels: expected an integer, got bool"),
-    "num_labels: negative": (CSR, (CROW, COL, -1), ValueError, "num_labels: expected 0 <= num_labels .*, got -1"),
-    "num_labels: huge": (LISTS, (ROWS, 2**63), ValueError, f"num_labels: .*got {2**63}"),
-    "padded: too large": (PAD, (PADDED, 4), ValueError, "labels: expected 0 <= label < 4, got 4 in row 2"),
-    "padded: other padding": (PAD, (PADDED, L, -1), ValueError, "labels: .* got -100 in row 0"),
-    "padded: padding is a label": (PAD, (PADDED, L, 4), ValueError, "padding: .* labels 0 to 4, got 4"),
-    "padded: padding of a float": (PAD, (PADDED, L, -1.0), TypeError, "padding: expected an integer, got float"),
-    "padded: padding beyond 64 bits": (PAD, (PADDED, L, 2**64), ValueError, f"padding: .* got {2**64}"),
-    "padded: lists": (PAD, (ROWS, L), TypeError, "labels: expected a tensor, got list"),
-    "padded: floats": (PAD, (PADDED.float(), L), TypeError, "labels: expected an integer dtype, got float32"),
-    "padded: bools": (PAD, (PADDED > 0, L), TypeError, "labels: expected an integer dtype, got bool"),
-    "padded: a vector": (PAD, (PADDED[0], L), ValueError, r"labels: expected 2 dimensions, got shape \(5,\)"),
-    "padded: a large unsigned": (
-        PAD,
-        (torch.tensor([[2**64 - 1]], dtype=torch.uint64), L),
-        ValueError,
-        f"got {2**64 - 1} in row 0",
-    ),
-    "dense: soft": (DENSE, (soft(0.25),), ValueError, r"targets: expected 0 or 1, got 0.25 at \(2, 3\)"),
-    "dense: NaN": (DENSE, (soft(float("nan")),), ValueError, r"targets: .* got nan at \(2, 3\)"),
-    "dense: ignored": (DENSE, (soft(-100).int(),), ValueError, r"targets: .* got -100 at \(2, 3\)"),
-    "dense: complex": (DENSE, (soft(1).cfloat(),), TypeError, "targets: .* got complex64"),
-    "dense: 3-D": (DENSE, (soft(1)[None],), ValueError, r"targets: expected 2 dimensions, got shape \(1, 4, 5\)"),
-    "dense: sparse": (DENSE, (soft(1).to_sparse(),), TypeError, "targets: expected layout strided, got sparse_coo"),
-    "dense: nested": (lambda: DENSE(nested()), (), TypeError, "targets: .* got nested"),
-    "CSR: too large": (CSR, (CROW, COL, 4), ValueError, "col_indices: expected 0 <= label < 4, got 4 in row 2"),
-    "CSR: negative": (CSR, (CROW, COL - 1, L), ValueError, "col_indices: .* got -1 in row 0"),
-    "CSR: decreasing": (CSR, (CROW.new_tensor([0, 4, 3, 7]), COL, L), ValueError, "no decrease, got 3 after 4 at 2"),
-    "CSR: begins late": (CSR, (CROW + 1, COL, L), ValueError, "crow_indices: .*begin with 0 .* with 7.*, got 1 and 8"),
-    "CSR: ends early": (CSR, (CROW[:-1], COL, L), ValueError, "crow_indices: .*to end with 7.*, got 0 and 6"),
-    "CSR: no offsets": (CSR, (CROW[:0], COL, L), ValueError, "crow_indices: expected one entry more .*, got none"),
-    "CSR: float offsets": (
-        CSR,
-        (CROW.float(), COL, L),
-        TypeError,
-        "crow_indices: expected int32 or int64, got float32",
-    ),
-    "CSR: short columns": (CSR, (CROW, COL.short(), L), TypeError, "col_indices: expected int32 or int64, got int16"),
-    "CSR: a matrix": (CSR, (CROW, COL[None], L), ValueError, r"col_indices: expected 1 dimensions, got shape \(1, 7\)"),
-    "CSR: a list": (CSR, ([0], COL, L), TypeError, "crow_indices: expected a tensor, got list"),
-    "CSR: two devices": (CSR, (CROW, COL.to("meta"), L), ValueError, "col_indices: .*'cpu' like crow.*, got 'meta'"),
-    "torch's CSR: dense": (TORCH_CSR, (soft(1),), TypeError, "targets: expected layout sparse_csr, got strided"),
-    "torch's CSR: soft": (
-        lambda: TORCH_CSR(with_values(0.5)),
-        (),
-        ValueError,
-        r"targets.values\(\): expected 0 or 1, got 0.5 at \(2,\)",
-    ),
-    "torch's CSR: batched": (
-        lambda: TORCH_CSR(torch.ones(2, 2, 2).to_sparse_csr()),
-        (),
-        ValueError,
-        "targets: expected 2 dimensions",
-    ),
-    "cat: nothing": (CAT, ([],), ValueError, "parts: expected at least one SparseLabels, got none"),
-    "cat: a tensor": (CAT, ([LABELS, PADDED],), TypeError, "parts: expected SparseLabels, got Tensor"),
-    "cat: other labels": (CAT, ([LABELS, LISTS(ROWS, 6)],), ValueError, "parts: expected num_labels 5 .*, got 6"),
-    "cat: elsewhere": (CAT, ([LABELS, LABELS.to("meta")],), ValueError, "parts: expected device cpu .*, got meta"),
-    "row: an integer": (LABELS.__getitem__, (1,), TypeError, r"rows: expected a slice.*\(i : i \+ 1 .*, got 1"),
-    "row: a matrix": (LABELS.__getitem__, (torch.zeros(1, 1).long(),), TypeError, "rows: expected .*vector"),
-    "row: too large": (LABELS.__getitem__, (torch.tensor([4]),), IndexError, "out of bounds"),
-    "to: a dtype": (LABELS.to, (torch.float16,), TypeError, "device: expected a device.*; got float16"),
-    "collate: num_labels": (collate_labels, (None,), TypeError, "num_labels: expected an integer, got NoneType"),
-    "collate: no dicts": (collate_labels(L), (["text"],), TypeError, "batch: expected dicts, tuples or lists, got str"),
-    "collate: no such key": (
-        collate_labels(L),
-        ([{"labels": [1]}, {"label": [1]}],),
-        ValueError,
-        "key: expected a key .* every item has, got 'labels'",
-    ),
-    "collate: no such place": (collate_labels(L, key=2), ([(1, [1])],), ValueError, "key: .* got 2"),
-    "collate: a key of tuples": (collate_labels(L, key="labels"), ([(1, [1])],), ValueError, "key: .* got 'labels'"),
-    "collate: ragged items": (collate_labels(L), ([(1, [1]), (1, 2, [1])],), ValueError, r"one length, got \[2, 3\]"),
-    "collate: a label": (collate_labels(L), ([(1, [1]), (1, [9])],), ValueError, "labels: .* got 9 in row 1"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_one_sentence(case: str) -> None:
-    function, args, error, sentence = CASES[case]
-    with pytest.raises(error, match=sentence):
-        function(*args)
 
 
 def test_values_are_not_looked_at_where_that_costs_a_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,69 +240,6 @@ def test_in_a_compiled_graph() -> None:
         labels, nnz = double(SparseLabels.from_lists(rows, L))
         check(labels, rows + rows, L)
         assert nnz == sum(len(set(row)) for row in rows)
-
-
-class Item(NamedTuple):
-    labels: list[int]
-    x: float
-
-
-def join(texts: list[str]) -> str:
-    return "".join(texts)
-
-
-def keys_of(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"seen": [sorted(item) for item in items]}
-
-
-# collate, an item of its number and its labels, the batch, in which Y stands for the labels
-Y, IDS = "labels", [0, 1, 2, 3]
-BATCHES: dict[str, tuple[Callable[[list[Any]], Any], Callable[[int, list[int]], Any], Any]] = {
-    "tuples": (collate_labels(L), lambda i, row: (i, row), [IDS, Y]),
-    "lists": (collate_labels(L), lambda i, row: [i, i, row], [IDS, IDS, Y]),
-    "the first": (collate_labels(L, key=0), lambda i, row: (set(row), i), [Y, IDS]),
-    "named tuples": (collate_labels(L, key=0), lambda i, row: Item(row, i), Item(Y, IDS)),
-    "dicts": (
-        collate_labels(L),
-        lambda i, row: {"labels": torch.tensor(row), "x": torch.tensor([i])},
-        {"x": [[0], [1], [2], [3]], "labels": Y},
-    ),
-    "another key": (collate_labels(L, key="y"), lambda i, row: {"y": row, "labels": i}, {"labels": IDS, "y": Y}),
-    "labels alone": (collate_labels(L), lambda i, row: {"labels": row}, {"labels": Y}),
-    "another collate": (collate_labels(L, collate=join), lambda i, row: (str(i), row), ["0123", Y]),
-    "another collate of dicts": (
-        collate_labels(L, collate=keys_of),
-        lambda i, row: {"labels": row, "text": str(i), "id": i},
-        {"seen": [["id", "text"]] * 4, "labels": Y},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BATCHES)
-def test_collate(case: str) -> None:
-    collate, item, expected = BATCHES[case]
-    items = [item(i, row) for i, row in enumerate(ROWS)]
-    before = repr(items)
-
-    def plain(leaf: Any) -> Any:
-        if isinstance(leaf, SparseLabels):
-            check(leaf, ROWS, L)
-            return Y
-        return leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf
-
-    for function in (collate, pickle.loads(pickle.dumps(collate))):  # as spawned workers get it
-        batch = function(items)
-        got = pytree.tree_map(plain, batch, is_leaf=lambda leaf: isinstance(leaf, SparseLabels))
-        assert (type(batch), got) == (type(expected), expected)
-    assert repr(items) == before
-
-
-def test_data_loader_with_workers() -> None:
-    dataset: Any = [(torch.tensor([float(i)]), ROWS[i % 4]) for i in range(12)]
-    loader = DataLoader(dataset, batch_size=5, num_workers=2, collate_fn=collate_labels(L))
-    batches = list(loader)
-    assert torch.cat([x for x, _ in batches]).flatten().tolist() == list(range(12))
-    check(SparseLabels.cat([labels for _, labels in batches]), ROWS * 3, L)
 
 
 def test_a_default_device_does_not_move_lists() -> None:

@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import torch
 
@@ -180,26 +178,13 @@ def test_fewer_labels_than_the_texts_have_get_a_sentence(example: Example) -> No
 
 def test_ctrl_c_keeps_what_was_trained(tmp_path: Path) -> None:
     """As a terminal sends it, to all processes; the first head's training ends, and the second one's never begins."""
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *SMALL, "--runs", str(tmp_path)],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    try:
-        while not (line := process.stdout.readline()).startswith("The unfused head"):
-            assert line, process.communicate()[1]
+    with programs.Program(SCRIPT, *SMALL, "--runs", str(tmp_path), folder=tmp_path) as program:
+        program.wait_for("training ")
         time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert "Stopped; what was trained is now reported." in output
+        program.press_ctrl_c()
+        ended = program.wait()
+    assert ended.status == 0, ended.errors
+    assert "Stopped; what was trained is now reported." in ended.output
     heads = json.loads((tmp_path / "xmc.json").read_text(encoding="utf-8"))["heads"]
     assert [heads[head]["interrupted"] for head in heads] == [True]
     assert (tmp_path / "xmc" / "checkpoint.pt").is_file()

@@ -1,0 +1,212 @@
+"""What the bench makes of its measurements: files that can be read again, tables, charts, claims, and comparisons."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import bench_head, bench_listwise, bench_sigmoid, bench_softmax, charts, families, peers, report, run
+from bench.cases import EVERYONE, Case, Quartiles, Row
+from bench.claims import Claim
+from bench.compare import compare
+from bench.measure import COPY
+from bench.results import Results
+
+CPU = torch.device("cpu")
+TIME = Case("sigmoid", "focal", (3, 50), torch.float32, torch.uint8, upstream=0.5)
+CLASSES = Case("softmax", "softmax focal", (30, 7), torch.float32, torch.int64, upstream=0.5, targets="classes")
+MEMORY = Case("memory", "bce", (64, 1000), torch.float32, torch.float32)
+SPARSE_MEMORY = Case("memory", "focal", (64, 1000), torch.float32, None, labels_per_row=5)
+
+
+def test_a_run_ends_in_time_with_what_it_did_not_reach_named(capsys):
+    assert command.main(["--device", "cpu", "--suite", "small", "--minutes", "1e-9"]) == 0
+    shown = capsys.readouterr().out
+    assert "the run's time was over" in shown
+    assert "claims" not in shown
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
+    absent = peers.library("nothing", {"focal": ("nothing", bench_sigmoid.formula_of_focal)}, "no_such_library.losses")
+    monkeypatch.setattr(bench_sigmoid, "PROVIDERS", (*bench_sigmoid.PROVIDERS, absent))
+    command.main(["--device", "cpu", "--suite", "small", "--minutes", "1e-9", "--peers", "nothing", "pytorch"])
+    shown = capsys.readouterr().out
+    assert "nothing (not installed)" in shown
+    assert "Left out: chunked, compile, fvcore, kornia, liger, monai, sentence-transformers, timm." in shown
+    with pytest.raises(SystemExit):
+        command.main(["--peers", "nobody"])
+
+
+def _run_of(case, **medians):
+    rows = [
+        Row(case, name, name, name == "eager", seconds=Quartiles(0.98 * t, t, 1.02 * t)) for name, t in medians.items()
+    ]
+    return Results({"name": "a CPU", "date": "2000-01-01"}, rows)
+
+
+@pytest.mark.parametrize(
+    ("medians", "changes"),
+    [
+        ({"eager": 1.0, "pytorch": 3.0, COPY: 0.1}, []),
+        ({"eager": 1.5, "pytorch": 3.0, COPY: 0.1}, ["1.50 times the time"]),
+        ({"eager": 1.5, "pytorch": 4.5, COPY: 0.15}, []),
+        ({"eager": 1.0, "pytorch": 4.5, COPY: 0.1}, []),
+        ({"eager": 3.0, "pytorch": 4.5, COPY: 0.15}, ["3.00 times the time, where its peers take 1.50 times theirs"]),
+        ({"eager": 0.5, "pytorch": 3.0, COPY: 0.1}, []),
+    ],
+    ids=["the same", "ours slower", "the machine slower", "a peer slower", "both", "ours faster"],
+)
+def test_what_became_slower_is_told_from_a_slower_machine(medians, changes):
+    old = _run_of(TIME, **{"eager": 1.0, "pytorch": 3.0, COPY: 0.1})
+    assert [change.what for change in compare(old, _run_of(TIME, **medians))] == changes
+
+
+@pytest.mark.parametrize(("noisy", "changes"), [(4, []), (0, ["1.50 times the time"])])
+def test_what_the_peers_move_by_is_the_spread(noisy, changes):
+    """The code of 96 peers is what it was, and so many of them take twice as long in the second run."""
+    old, new = _run_of(TIME, eager=1.0).rows, _run_of(TIME, eager=1.5).rows
+    for number in range(32):
+        case, steady = replace(TIME, shape=(number + 1, 50)), {"timm": 1.0, COPY: 0.1}
+        old += _run_of(case, pytorch=1.0, **steady).rows
+        new += _run_of(case, pytorch=2.0 if number < noisy else 1.0, **steady).rows
+    assert [change.what for change in compare(Results({}, old), Results({}, new))] == changes
+
+
+def test_the_command_compares_two_files(tmp_path, capsys):
+    files = []
+    for number, time in enumerate((1.0, 1.0, 1.5)):
+        results = _run_of(TIME, **{"eager": time, "pytorch": 3.0, COPY: 0.1})
+        results.rows.append(Row(MEMORY, "eager", "eager", True, peak_bytes=10 << 20))
+        results.environment["name"] = f"run {number}"
+        files.append(str(results.save(tmp_path)))
+    assert command.main(["compare", *files[:2]]) == 0
+    assert "4 figures in both, 0 in one alone." in capsys.readouterr().out
+    assert command.main(["compare", files[0], files[2]]) == 1
+    assert "1.50 times the time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"peak_bytes": 20 << 20}, "10.0 MiB more at the peak"),
+        ({"peak_bytes": 11 << 20}, None),
+        ({"status": "wrong", "note": "loss is off", "peak_bytes": None}, "wrong: loss is off"),
+        ({"status": "skipped", "note": "no time", "peak_bytes": None}, None),
+    ],
+)
+def test_what_became_larger_or_wrong(changed, what):
+    row = Row(MEMORY, "eager", "eager", True, peak_bytes=10 << 20)
+    found = compare(Results({}, [row]), Results({}, [replace(row, **changed)]))
+    assert [change.what for change in found] == ([what] if what else [])
+
+
+def test_a_claim_on_memory_counts_what_comes_on_top_of_the_gradient():
+    row = Row(MEMORY, "eager", "", peak_bytes=MEMORY.logits_bytes + (3 << 20))
+    assert Claim("", MEMORY, "eager", at_most=4, over_gradient=True).measured([row]) == 3
+
+
+@pytest.mark.parametrize("case", [*bench_sigmoid.cases(CPU), *bench_sigmoid.cases(torch.device("cuda"))], ids=str)
+def test_a_case_is_read_as_it_was_written(case):
+    fields = json.loads(json.dumps(case.to_json()))
+    assert Case.from_json(fields) == case
+    if case.kinds == EVERYONE:
+        del fields["kinds"]  # as in older results
+        assert Case.from_json(fields) == case
+
+
+def test_a_row_that_lost_its_digits_is_kept_as_json():
+    row = Row(TIME, "eager", "", status="wrong", loss_error=math.inf, grad_error=0.5, tail_error=math.nan)
+    again = Row.from_json(json.loads(json.dumps(row.to_json(), allow_nan=False)))
+    assert math.isnan(again.tail_error)
+    assert replace(again, tail_error=None) == replace(row, tail_error=None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_claim_is_about_a_case(device):
+    device = torch.device(device)
+    assert {claim.case for claim in families.claims(device)} <= set(families.cases(device))
+
+
+def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_sigmoid, "_CPU_CASES", (TIME, MEMORY, SPARSE_MEMORY))
+    claims = (
+        Claim("{}, times as fast", TIME, "eager", "pytorch", at_least=1e-6),
+        Claim("{}, memory", MEMORY, "eager", at_most=1e-6),
+        Claim("{}, memory", SPARSE_MEMORY, "eager", at_most=64, over_gradient=True),
+    )
+    monkeypatch.setattr(bench_sigmoid, "_CPU_CLAIMS", claims)
+    monkeypatch.setattr(bench_softmax, "_CPU_CASES", (CLASSES,))
+    for family in (bench_softmax, bench_head):
+        monkeypatch.setattr(family, "_CPU_CLAIMS", ())
+    monkeypatch.setattr(bench_listwise, "claims", lambda device: ())
+    monkeypatch.setattr(run, "_QUICK_BUDGET", 0.0)
+    assert command.main(["--device", "cpu", "--quick", "--peers", "pytorch", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "NOT MET" in shown
+    assert "Left out: chunked, compile, compiled, fvcore, kornia, liger, monai, sentence-transformers, timm." in shown
+    assert "triton (interpreter only: not timed)" in shown
+
+    (path,) = tmp_path.glob("*.json")
+    stems = {name.name.removeprefix(path.stem) for name in tmp_path.iterdir()}
+    assert stems == {".json", ".md", "-bandwidth.png", "-memory.png"}
+    content = json.loads(path.read_text())
+    assert [verdict["met"] for verdict in content["claims"]] == [True, False, True]
+    states = {(row["case"]["suite"], row["provider"]): row["status"] for row in content["rows"]}
+    assert states["sigmoid", "eager"] == states["memory", "pytorch"] == "ok"
+    assert states["sigmoid", "triton"] == "missing", "the interpreter is not timed"
+    assert str(tmp_path) not in path.read_text()
+
+    kept = Results.load(path)
+    assert {row.case for row in kept.rows} == {TIME, MEMORY, SPARSE_MEMORY}
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- written by make bench -->\nold\n<!-- end -->\nafter\n")
+    report.write_docs(tmp_path, tmp_path / "page.md", readme)
+    assert "old" not in readme.read_text()
+    assert readme.read_text().endswith("<!-- end -->\nafter\n")
+    page = (tmp_path / "page.md").read_text()
+    assert TIME.title in page
+    assert f"](./{path.stem}-memory.png)" in page
+
+
+def test_a_case_of_a_layer_comes_back_from_json():
+    case = bench_head.cases(CPU)[0]
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+    assert "256 x 384 x 131072" in case.title
+
+
+def test_the_same_cases_run_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-max-time=0.01"]
+    chosen = ["-k", "small and bce and eager", f"--benchmark-json={tmp_path / 'out.json'}"]
+    command = [sys.executable, "-m", "pytest", "bench", *options, *chosen]
+    # pytest-benchmark measures nothing where xdist has put its names.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(
+        command, cwd=Path(run.__file__).parent.parent, capture_output=True, text=True, timeout=300, env=env
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (found,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert found["group"] == "bce, 32 x 100 float32, float32 targets"
+    assert found["stats"]["median"] > 0
+
+
+def test_every_provider_has_a_colour():
+    """Or a run would fail at its end."""
+    assert {p.name for family in families.FAMILIES for p in family.PROVIDERS} | {COPY} == set(charts._STYLES)
+
+
+def test_a_line_of_time_against_size_takes_three_sizes(tmp_path):
+    cases = [replace(TIME, shape=(4, labels), upstream=1.0) for labels in (50, 500, 5000)]
+    runs = [_run_of(case, **{"eager": 1.0, "pytorch": 3.0, COPY: 0.1}) for case in cases]
+    two, three = (replace(runs[0], rows=[row for part in runs[:count] for row in part.rows]) for count in (2, 3))
+    bandwidth, size = (tmp_path / f"a-cpu-2000-01-01-{name}.png" for name in ("bandwidth", "size"))
+    assert charts.draw(two, tmp_path) == [bandwidth]
+    assert charts.draw(three, tmp_path) == [size, bandwidth]
+    assert size.read_bytes().startswith(b"\x89PNG")
