@@ -28,10 +28,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["triton", "eager", "eager in blocks"])
+@pytest.fixture(params=["triton", "eager", "eager in blocks", "eager with few labels"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """On the CPU the eager backend cuts large tensors into blocks; here it does so with small ones too."""
-    if request.param == "eager in blocks":
+    """On the CPU the eager backend cuts large tensors into blocks, and takes few labels apart; here small ones too,
+    and as many as there are."""
+    monkeypatch.setattr("bertloss_fast.ops.few_labels._FEW", 1 if request.param == "eager with few labels" else 10**9)
+    if request.param.startswith("eager "):
         monkeypatch.setattr("bertloss_fast.ops.sigmoid._SMALL", 0)
         monkeypatch.setattr("bertloss_fast.ops.softmax._SMALL", 0)
         monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops.blocks import has_soft_labels
+from ..ops.few_labels import look
 from ..ops.sigmoid import sigmoid_loss
 from ..ops.upstream import UpstreamMemory
 from ..reference.sigmoid import Operands, Spec
@@ -91,9 +91,9 @@ def prepare(
     inputs_name, targets_name = names
     check_mask(mask, inputs_name, inputs)
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
-    soft = None
+    soft, places = None, None
     if dense is not None and dispatch.can_check_values(dense.device):
-        soft = has_soft_labels(dense)
+        soft, places = look(dense)
         if soft and not as_torch:
             check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)
@@ -123,6 +123,7 @@ def prepare(
         sample_weight=sample_weight,
         mask=mask,
         normalizer=as_normalizer(options.get("normalizer"), reduction, inputs_name, inputs),
+        places=places,
     )
     return spec, operands
 

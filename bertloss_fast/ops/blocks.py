@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+Block = tuple[slice, slice]
+
 # Elements that one thread works on at a time: a dozen intermediates of them fit its share of the cache.
 _BLOCK = 65536
 
@@ -16,7 +18,7 @@ def block_size(tensor: Tensor) -> int:
     return _BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else max(tensor.numel(), 1)
 
 
-def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+def blocks(matrix: Tensor) -> Iterator[Block]:
     """Rectangles of rows and columns that cover a matrix: whole rows where they about fit, else equal parts of one."""
     rows, cols = matrix.shape
     size = block_size(matrix)

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from ..reference.sigmoid import Operands
-from .blocks import blocks
+from .blocks import Block, blocks
 from .sparse import dense, dense_blocks
 
 
@@ -58,7 +58,7 @@ def as_matrices(operands: Operands) -> Operands:
     )
 
 
-def parts(operands: Operands) -> Iterator[tuple[tuple[slice, slice], Operands]]:
+def parts(operands: Operands) -> Iterator[tuple[Block, Operands]]:
     """The blocks of a call, and the operands' parts that they cut out."""
     operands = as_matrices(operands)
     places = list(blocks(operands.inputs))
@@ -87,4 +87,5 @@ def cut_matrices(operands: Operands, rows: slice, labels: slice) -> Operands:
         mask=cut(operands.mask, rows, labels),
         by_label=cut(operands.by_label, slice(None), labels),
         by_row=cut(operands.by_row, rows),
+        places=None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..reference import sigmoid as reference
+from ..reference.formulas import Result
 from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
 from .autograd import compute_loss
-from .blocks import block_size, has_soft_labels
+from .blocks import Block, block_size, has_soft_labels
 from .compiled import register
 from .families import Family, Gradients, Saved, Shape, Wanted
+from .few_labels import split
 from .inductor import with_inductor
 from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
 from .passes import denominator, is_counted
@@ -209,20 +212,18 @@ def _eager_forward(
     note = None if expected is None else expected.value  # once: another thread may put another in its place
     upstream = None if note is None else note.item()
     if inputs.numel() <= block_size(inputs):
-        values, slopes = _eager_block(spec, operands, scale, upstream, with_grad, out=room)
+        values, slopes = _eager_block(spec, with_dense_targets(operands), scale, upstream, with_grad, out=room)
         loss = values.sum() if reduced else values
         return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype), note
     grad = _room(inputs, room) if with_grad else None
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
     sums = []
     shape = rows_and_labels(inputs)
-    for block, part in parts(operands):
-        out = None if grad is None else grad.view(shape)[block]
-        values, _ = _eager_block(spec, part, scale, upstream, with_grad, out=out)
+    for place, values in _eager_blocks(spec, operands, scale, upstream, None if grad is None else grad.view(shape)):
         if reduced:
             sums.append(values.sum())
         else:
-            loss.view(shape)[block] = values
+            loss.view(shape)[place] = as_dtype(values, spec.loss_dtype)
     return loss.copy_(torch.stack(sums).sum()) if reduced else loss, grad, note
 
 
@@ -238,16 +239,42 @@ def _eager_backward(
     if number is None:
         scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale
     if inputs.numel() <= block_size(inputs):
+        operands = with_dense_targets(operands)
         return as_dtype(cast(Tensor, _eager_block(spec, operands, scale, number, True)[1]), inputs.dtype)
     shape = rows_and_labels(inputs)
     grad = _room(inputs, saved.grads.inputs)
-    scales = scale.reshape(shape) if isinstance(scale, Tensor) else None
-    for block, part in parts(operands):
-        # What is written is not what autograd saved for a second use: its version stays.
-        with _unsafe_preserve_version_counter(grad):
-            of_block = scale if scales is None else scales[block]
-            _eager_block(spec, part, of_block, number, True, out=grad.view(shape)[block])
+    scale = scale.reshape(shape) if isinstance(scale, Tensor) else scale
+    # What is written is not what autograd saved for a second use: its version stays.
+    with _unsafe_preserve_version_counter(grad):
+        for _ in _eager_blocks(spec, operands, scale, number, grad.view(shape)):
+            pass
     return grad
+
+
+def _eager_blocks(
+    spec: Spec, operands: Operands, scale: float | Tensor, upstream: float | None, grad: Tensor | None
+) -> Iterator[tuple[Block | tuple[Tensor, Tensor], Tensor]]:
+    """Losses and where they belong. The sum over all is the loss's; of a place that comes twice, the second counts.
+
+    ``scale`` and ``grad``, which is written, are matrices.
+    """
+
+    def compute(part: Operands, place: Block | tuple[Tensor, Tensor], out: Tensor | None) -> Result:
+        of_part = scale[place].view(part.inputs.shape) if isinstance(scale, Tensor) else scale
+        return _eager_block(spec, part, of_part, upstream, grad is not None, out)
+
+    few = split(operands)
+    if few is None:
+        for block, part in parts(operands):
+            yield block, compute(part, block, None if grad is None else grad[block])[0]
+        return
+    for block, part, others in few.parts():
+        values, _ = compute(part, block, None if grad is None else grad[block])
+        yield block, values.index_put_(others, values.new_zeros(()))
+    values, slopes = compute(few.others, (few.rows, few.cols), None)
+    if grad is not None and slopes is not None:
+        grad.index_put_((few.rows, few.cols), as_dtype(slopes, grad.dtype).squeeze(1))
+    yield (few.rows, few.cols), values.squeeze(1)
 
 
 def _eager_block(
@@ -258,6 +285,6 @@ def _eager_block(
     with_grad: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    operands = with_dense_targets(operands)
-    soft = _is_soft(spec, cast(Tensor, operands.targets))
+    """Without targets, those that are all 0."""
+    soft = operands.targets is not None and _is_soft(spec, operands.targets)
     return reference.elementwise(spec, operands, scale=scale, upstream=upstream, soft=soft, slope=with_grad, out=out)

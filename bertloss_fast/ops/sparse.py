@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block
+
 
 def row_of_label(crow: Tensor, col: Tensor) -> Tensor:
     """The row of each label."""
@@ -27,7 +29,7 @@ def dense_block(crow: Tensor, col: Tensor, rows: slice, cols: slice) -> Tensor:
     return block
 
 
-def dense_blocks(crow: Tensor, col: Tensor, num_labels: int, blocks: Sequence[tuple[slice, slice]]) -> Iterator[Tensor]:
+def dense_blocks(crow: Tensor, col: Tensor, num_labels: int, blocks: Sequence[Block]) -> Iterator[Tensor]:
     """The targets as 0 and 1 in blocks, whole rows or parts of one, that follow each other; a GPU waits.
 
     All in the same memory, where only labels are set and cleared again: a block is another one after the next step.

@@ -25,7 +25,10 @@ class Spec(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The tensors of a call. Targets are dense, or else labels in CSR; what formulas read beside them is contiguous."""
+    """The tensors of a call. Targets are dense, or else labels in CSR; what formulas read beside them is contiguous.
+
+    In the closed forms, neither stands for targets that are all 0.
+    """
 
     inputs: Tensor  # [..., L]
     targets: Tensor | None = None  # [..., L]
@@ -40,6 +43,7 @@ class Operands(NamedTuple):
     by_label: Tensor | None = None  # [k, L]
     by_row: Tensor | None = None  # [...]
     table: Tensor | None = None  # [bins]
+    places: Tensor | None = None  # [P], of dense targets other than 0, row after row, where somebody found few
 
 
 def elementwise(
@@ -59,18 +63,13 @@ def elementwise(
     by arithmetic: it is exact, and on the CPU several times as fast as ``torch.where`` on a mask.
     """
     x, y, kept = _elements(spec, operands)
-    label = _label(spec, y, operands.pos_weight, soft)
+    zeros = operands.targets is None
+    label = _label(spec, y, None if zeros and not spec.smoothing else operands.pos_weight, soft)
     if label.soft is not None:
         y = label.soft.y
     # A number is folded into alpha's two values.
     number = 1.0 if isinstance(scale, Tensor) else scale
-    factor: Factor = number if number != 1 else None
-    if operands.alpha is None and spec.alpha is not None and spec.alpha >= 0.1:
-        factor = torch.rsub(y, (1 - spec.alpha) * number, alpha=(1 - 2 * spec.alpha) * number)
-    elif operands.alpha is not None or spec.alpha is not None:
-        # A smaller alpha would lose its digits to that sum.
-        alpha = spec.alpha if operands.alpha is None else operands.alpha.to(spec.compute_dtype)
-        factor = y * (alpha * number) + (1 - y) * ((1 - alpha) * number)  # type: ignore[operator]
+    factor = _class_weight(spec, operands, None if zeros and not spec.smoothing else y, number)
     if operands.weight is not None:
         factor = weighted(operands.weight.to(spec.compute_dtype), factor)
     if operands.sample_weight is not None:
@@ -78,13 +77,32 @@ def elementwise(
     if isinstance(scale, Tensor):
         factor = weighted(scale, factor)
     values = Values(operands.by_label, operands.by_row, operands.table)
-    loss, loss_slope = FORMULAS[spec.formula](label.sign * x, label, values, factor, *spec.params, slope=slope)
+    v = x if zeros else label.sign * x
+    loss, loss_slope = FORMULAS[spec.formula](v, label, values, factor, *spec.params, slope=slope)
     if upstream is not None and upstream != 1 and loss_slope is not None:
         loss_slope = loss_slope.mul_(upstream)
     if kept is not None:
         loss = torch.where(kept, loss, 0.0)
         loss_slope = None if loss_slope is None else torch.where(kept, loss_slope, 0.0)
     return loss, None if loss_slope is None else torch.mul(loss_slope, label.sign, out=out)
+
+
+def _class_weight(spec: Spec, operands: Operands, y: Tensor | None, number: float) -> Factor:
+    """What alpha multiplies a label's loss by, times a number."""
+    if spec.alpha is None and operands.alpha is None:
+        return number if number != 1 else None
+    if operands.alpha is not None:
+        alpha = operands.alpha.to(spec.compute_dtype)
+        of_negatives = (1 - alpha) * number
+        return of_negatives if y is None else y * (alpha * number) + (1 - y) * of_negatives
+    assert spec.alpha is not None
+    of_positive, of_negative = spec.alpha * number, (1 - spec.alpha) * number
+    if y is None:
+        return of_negative
+    if spec.alpha >= 0.1:
+        return torch.rsub(y, of_negative, alpha=of_negative - of_positive)
+    # A smaller alpha would lose its digits to that sum.
+    return y * of_positive + (1 - y) * of_negative
 
 
 def histogram(spec: Spec, operands: Operands, bins: int, *, soft: bool) -> Tensor:
@@ -98,12 +116,14 @@ def histogram(spec: Spec, operands: Operands, bins: int, *, soft: bool) -> Tenso
 
 def _elements(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits and targets in the dtype of the computation, and which of them count; None for all."""
-    assert operands.targets is not None
     kept = keep(spec, operands)
-    x, y = as_dtype(operands.inputs, spec.compute_dtype), as_dtype(operands.targets, spec.compute_dtype)
-    if kept is None:
-        return x, y, None
-    return torch.where(kept, x, 0.0), torch.where(kept, y, 0.0), kept  # what does not count is no source of NaN
+    x = as_dtype(operands.inputs, spec.compute_dtype)
+    if kept is not None:
+        x = torch.where(kept, x, 0.0)  # what does not count is no source of NaN
+    if operands.targets is None:
+        return x, x.new_zeros(()), kept
+    y = as_dtype(operands.targets, spec.compute_dtype)
+    return x, y if kept is None else torch.where(kept, y, 0.0), kept
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
