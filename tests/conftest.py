@@ -34,8 +34,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     and as many as there are."""
     monkeypatch.setattr("bertloss_fast.ops.few_labels._FEW", 1 if request.param == "eager with few labels" else 10**9)
     if request.param.startswith("eager "):
-        monkeypatch.setattr("bertloss_fast.ops.sigmoid._SMALL", 0)
-        monkeypatch.setattr("bertloss_fast.ops.softmax._SMALL", 0)
+        for module in ("small", "sigmoid", "softmax"):
+            monkeypatch.setattr(f"bertloss_fast.ops.{module}._SMALL", 0)
         monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 8)
     return request.param.split()[0]
 

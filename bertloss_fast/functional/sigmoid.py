@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..ops.small import small_cross_entropy
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
 from .checks import LARGEST, check_fraction, check_inputs, check_number, one_reduction
@@ -13,6 +15,8 @@ from .elementwise import Options, elementwise_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_Memory = (UpstreamMemory, NoneType)
 
 
 def sigmoid_focal_loss(
@@ -130,6 +134,11 @@ def binary_cross_entropy_with_logits(
     Follows ``torch.nn.functional.binary_cross_entropy_with_logits``.
     """
     reduction = one_reduction(size_average, reduce, reduction)
+    plain = weight is None and pos_weight is None and sample_weight is None and mask is None and ignore_index is None
+    if plain and normalizer is None and label_smoothing == 0 and isinstance(upstream_memory, _Memory):
+        loss = small_cross_entropy(input, target, reduction, backend)
+        if loss is not None:
+            return loss
     check_inputs("input", input)
     options: Options = {
         "weight": weight,

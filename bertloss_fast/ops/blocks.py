@@ -10,7 +10,7 @@ from torch import Tensor
 Block = tuple[slice, slice]
 
 # Elements that one thread works on at a time: a dozen intermediates of them fit its share of the cache.
-_BLOCK = 65536
+_BLOCK = 131072
 
 
 def block_size(tensor: Tensor) -> int:

@@ -34,16 +34,18 @@ class Split(NamedTuple):
     cols: Tensor  # [P]
     others: Operands  # matrices [P, 1]
 
-    def parts(self) -> Iterator[tuple[Block, Operands, tuple[Tensor, Tensor]]]:
+    def parts(self) -> Iterator[tuple[Block, Operands, tuple[Tensor, ...]]]:
         """The blocks of the zeros; and where in a block the others are."""
         num_labels = self.zeros.inputs.shape[1]
         found = list(parts(self.zeros))
-        begins = torch.tensor([rows.start * num_labels + cols.start for (rows, cols), _ in found])
-        counts = torch.searchsorted(self.rows * num_labels + self.cols, begins).diff().tolist()
-        counts.append(len(self.rows) - sum(counts))
-        of_blocks = zip(torch.split(self.rows, counts), torch.split(self.cols, counts), strict=True)
-        for (block, part), (rows, cols) in zip(found, of_blocks, strict=True):
-            yield block, part, (rows - block[0].start, cols - block[1].start)
+        starts = torch.tensor([[rows.start, cols.start] for (rows, cols), _ in found])
+        begins = starts[:, 0] * num_labels + starts[:, 1]
+        counts = torch.searchsorted(begins, self.rows * num_labels + self.cols, right=True).bincount(
+            minlength=len(found) + 1
+        )[1:]
+        of_blocks = torch.stack([self.rows, self.cols], 1) - starts.repeat_interleave(counts, 0)
+        for (block, part), others in zip(found, torch.split(of_blocks, counts.tolist()), strict=True):
+            yield block, part, others.unbind(1)
 
 
 def look(targets: Tensor) -> Look:

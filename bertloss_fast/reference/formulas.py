@@ -1,9 +1,9 @@
 """The formulas of the multi-label family in plain PyTorch: what one logit and one label cost, and the slope in it.
 
 The mathematics is that of ``kernels/formulas.py``: v = (1 - 2y) x for the hard label nearest to y, q = sigmoid(v) the
-probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is ever taken as 1 minus the other, so
-both keep their relative accuracy. Autograd through the values is right to second order at any finite logit; at an
-infinite one it multiplies 0 by infinity, and only the slopes that are spelled out here give the limit.
+probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is taken as 1 minus the other where
+that would cost a result its relative accuracy. Autograd through the values is right to second order at any finite
+logit; at an infinite one it multiplies 0 by infinity, and only the slopes that are spelled out here give the limit.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def poly(
 ) -> Result:
     """``factor`` times poly-1 on the focal loss, and its slope in v."""
     of = _logistic(v, slope)
+    hard = label.soft is None and label.share is None
+    if slope and isinstance(of, _Torchs) and 0 < gamma <= 2 and not epsilon and hard:
+        return _focal_in_few_passes(of, factor, gamma)
     ce = _cross_entropy(v, of.softplus(), label)
-    q = of.sigmoid()
-    # On the CPU a pass is what costs. Here p may be 1 - q: that is off by gamma * ln(1 / p) units in q's last place.
-    short = isinstance(of, _Torchs) and label.soft is None and label.share is None and not epsilon and 0 < gamma <= 2
-    p = q if short else of.sigmoid_of_minus()
+    q, p = of.sigmoid(), of.sigmoid_of_minus()
     if label.soft is None:
         m, growth = q, p
         modulation = _power(q, gamma, lambda: -of.softplus_of_minus())
@@ -79,10 +79,6 @@ def poly(
     loss = modulation * (ce + epsilon * m if epsilon else ce)
     if not slope:
         return loss, None
-    if short:
-        # modulation * (gamma * p * ce + q), of which nothing is infinite.
-        weighed = (loss * gamma).clamp_max_(torch.finfo(v.dtype).max)
-        return loss, torch.lerp(weighed, modulation, q, out=weighed)
     ce_slope = _cross_entropy_slope(q, label)
     if epsilon:
         ce_slope = ce_slope + (epsilon * (gamma + 1)) * (growth * m)
@@ -91,6 +87,19 @@ def poly(
     growth *= ce.clamp_max_(torch.finfo(v.dtype).max)
     torch.add(ce_slope, growth, alpha=gamma, out=growth)
     return loss, growth.mul_(modulation)
+
+
+def _focal_in_few_passes(of: _Torchs, factor: Factor, gamma: float) -> Result:
+    """The focal loss of hard labels, and its slope modulation * (gamma * p * ce + q), where passes are what costs.
+
+    In the slope p is 1 - q, which is off by gamma * ln(1 / p) / 2 units in q's last place: 1e-6 times gamma in float32.
+    """
+    q = of.sigmoid()
+    modulation = weighted(_power(q, gamma, lambda: -of.softplus_of_minus()), factor)
+    loss = of.softplus().mul_(modulation)
+    limit = torch.finfo(q.dtype).max  # for an infinite loss, whose p is 0
+    weighed = (loss * gamma).clamp_(-limit, limit)
+    return loss, torch.lerp(weighed, modulation, q, out=weighed)
 
 
 def focal(v: Tensor, label: Label, values: Values, factor: Factor, gamma: float, *, slope: bool = True) -> Result:
@@ -197,6 +206,10 @@ def weighted(value: Tensor, factor: Factor) -> Tensor:
     return value if factor is None else value * factor
 
 
+def softplus_of(v: Tensor) -> Tensor:
+    return softplus(v, threshold=_LINEAR)
+
+
 class _Torchs:
     """Sigmoid and softplus of v and of -v as torch has them: on the CPU its fastest, and differentiable."""
 
@@ -210,10 +223,10 @@ class _Torchs:
         return torch.neg(self._v).sigmoid_()
 
     def softplus(self) -> Tensor:
-        return softplus(self._v, threshold=_LINEAR)
+        return softplus_of(self._v)
 
     def softplus_of_minus(self) -> Tensor:
-        return softplus(-self._v, threshold=_LINEAR)
+        return softplus_of(-self._v)
 
 
 class _OfOneExponential:

@@ -63,13 +63,10 @@ def elementwise(
     by arithmetic: it is exact, and on the CPU several times as fast as ``torch.where`` on a mask.
     """
     x, y, kept = _elements(spec, operands)
-    zeros = operands.targets is None
-    label = _label(spec, y, None if zeros and not spec.smoothing else operands.pos_weight, soft)
-    if label.soft is not None:
-        y = label.soft.y
+    label = _ZERO if y is None else _label(spec, y, operands.pos_weight, soft)
     # A number is folded into alpha's two values.
     number = 1.0 if isinstance(scale, Tensor) else scale
-    factor = _class_weight(spec, operands, None if zeros and not spec.smoothing else y, number)
+    factor = _class_weight(spec, operands, y if label.soft is None else label.soft.y, number)
     if operands.weight is not None:
         factor = weighted(operands.weight.to(spec.compute_dtype), factor)
     if operands.sample_weight is not None:
@@ -77,7 +74,7 @@ def elementwise(
     if isinstance(scale, Tensor):
         factor = weighted(scale, factor)
     values = Values(operands.by_label, operands.by_row, operands.table)
-    v = x if zeros else label.sign * x
+    v = x if y is None else label.sign * x
     loss, loss_slope = FORMULAS[spec.formula](v, label, values, factor, *spec.params, slope=slope)
     if upstream is not None and upstream != 1 and loss_slope is not None:
         loss_slope = loss_slope.mul_(upstream)
@@ -108,20 +105,20 @@ def _class_weight(spec: Spec, operands: Operands, y: Tensor | None, number: floa
 def histogram(spec: Spec, operands: Operands, bins: int, *, soft: bool) -> Tensor:
     """How many elements have their |sigmoid(x) - y| in each of the bins, for GHM."""
     x, y, kept = _elements(spec, operands)
-    label = _label(spec, y, None, soft)
+    label = _ZERO if y is None else _label(spec, y, None, soft)
     index = gradient_bin(torch.sigmoid(label.sign * x), label, bins)
     ones = torch.ones_like(index) if kept is None else kept.long()
     return torch.zeros(bins, dtype=torch.long, device=x.device).scatter_add(0, index.flatten(), ones.flatten())
 
 
-def _elements(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits and targets in the dtype of the computation, and which of them count; None for all."""
+def _elements(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Logits and targets in the dtype of the computation, None for zeros; and which of them count, None for all."""
     kept = keep(spec, operands)
     x = as_dtype(operands.inputs, spec.compute_dtype)
     if kept is not None:
         x = torch.where(kept, x, 0.0)  # what does not count is no source of NaN
     if operands.targets is None:
-        return x, x.new_zeros(()), kept
+        return x, x.new_zeros(()) if spec.smoothing else None, kept
     y = as_dtype(operands.targets, spec.compute_dtype)
     return x, y if kept is None else torch.where(kept, y, 0.0), kept
 
@@ -141,6 +138,9 @@ def keep(spec: Spec, operands: Operands) -> Tensor | None:
         counts = operands.targets != spec.ignored
         kept = counts if kept is None else kept & counts
     return kept
+
+
+_ZERO = Label(torch.zeros(()), torch.ones(()), None, None)
 
 
 def _label(spec: Spec, y: Tensor, pos_weight: Tensor | None, soft: bool) -> Label:
