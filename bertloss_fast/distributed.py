@@ -208,9 +208,7 @@ class ShardedHead(MultiLabelHead):
         weight, bias = self._stand_ins()
         call = self.loss.linear_call(hidden, weight, targets, bias, self.chunk_size, options)
         check_no_gradient("targets", call.operands.targets)
-        # Where the labels are was asked of this process's rows; and below, whether they are soft.
-        given = call.operands._replace(places=None)
-        own = as_matrices(given)
+        given, own = call.operands, as_matrices(call.operands)
         crow, col, chunks, counts = own.crow, own.col, None, None
         if crow is not None and col is not None:
             labels = self._ranks().labels
@@ -238,6 +236,7 @@ class ShardedHead(MultiLabelHead):
             sample_weight=ranks.of_rows(own.sample_weight),
             mask=ranks.columns(own.mask),
         )
+        # Whether labels are soft was asked of this process's rows.
         call = call._replace(spec=call.spec._replace(soft=None), operands=operands, layer=layer)
         return call._replace(operands=operands._replace(normalizer=self._denominator(call, ranks))), ranks
 

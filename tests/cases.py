@@ -39,7 +39,7 @@ LOSSES = {
     "poly-focal": Loss(bf.poly_focal_loss, oracles.sigmoid_focal, {"epsilon": -0.7, "gamma": 1.5, "alpha": 0.3}),
     "asl": Loss(bf.asymmetric_loss, oracles.asymmetric, {}),
     "asl-unclipped": Loss(bf.asymmetric_loss, oracles.asymmetric, {"clip": 0.0, "gamma_pos": 0.0, "gamma_neg": 2.0}),
-    "asl-fractions": Loss(bf.asymmetric_loss, oracles.asymmetric, {"clip": 0.2, "gamma_pos": 2.5, "gamma_neg": 0.5}),
+    "asl-fractions": Loss(bf.asymmetric_loss, oracles.asymmetric, {"clip": 0.2, "gamma_pos": 2.5, "gamma_neg": 0.7}),
     "asl-detached": Loss(bf.asymmetric_loss, oracles.asymmetric, {"detach_focal_weight": True}),
     "balanced": Loss(
         bf.distribution_balanced_loss,

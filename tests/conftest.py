@@ -28,16 +28,26 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["triton", "eager", "eager in blocks", "eager with few labels"])
+NEVER = 10**9
+# The backend; whether small tensors are cut into blocks as large ones are, and go no shorter way; and of how many
+# elements one may be no 0 for the labels to be few.
+WAYS = {
+    "triton": ("triton", False, NEVER),
+    "eager": ("eager", False, NEVER),
+    "eager in blocks": ("eager", True, NEVER),
+    "eager with few labels": ("eager", True, 1),
+}
+
+
+@pytest.fixture(params=WAYS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """On the CPU the eager backend cuts large tensors into blocks, and takes few labels apart; here small ones too,
-    and as many as there are."""
-    monkeypatch.setattr("bertloss_fast.ops.few_labels._FEW", 1 if request.param == "eager with few labels" else 10**9)
-    if request.param.startswith("eager "):
+    name, in_blocks, few = WAYS[request.param]
+    monkeypatch.setattr("bertloss_fast.ops.few_labels._FEW", few)
+    if in_blocks:
         for module in ("small", "sigmoid", "softmax"):
             monkeypatch.setattr(f"bertloss_fast.ops.{module}._SMALL", 0)
         monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 8)
-    return request.param.split()[0]
+    return name
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,9 @@ def test_infinite_and_missing_logits(
     assert grad.tolist()[:4] == [0, 0, 1, -1]
     assert loss[4:].isnan().all()
     assert grad[4:].isnan().all()
+    weighed = bf.sigmoid_focal_loss(x, y, None, gamma, weight=torch.zeros_like(x).detach(), backend=backend)
+    (grad,) = torch.autograd.grad(weighed.sum(), x)
+    assert grad.tolist()[:4] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops.few_labels import look
+from ..ops.blocks import has_soft_labels
+from ..ops.few_labels import find_few
 from ..ops.sigmoid import sigmoid_loss
 from ..ops.upstream import UpstreamMemory
 from ..reference.sigmoid import Operands, Spec
@@ -67,6 +68,8 @@ def elementwise_loss(
 def compute(spec: Spec, operands: Operands, options: Options) -> Tensor:
     """The loss of what is prepared."""
     backend = dispatch.resolve(options.get("backend"), operands.inputs.device)
+    if backend != "eager" and operands.places is not None:
+        operands = operands._replace(places=None)
     return sigmoid_loss(spec, operands, backend, options.get("upstream_memory"))
 
 
@@ -81,8 +84,12 @@ def prepare(
     alpha: float | Tensor | None = None,
     names: tuple[str, str] = ("inputs", "targets"),
     as_torch: bool = False,
+    in_chunks: bool = False,
 ) -> tuple[Spec, Operands]:
-    """A call's arguments, checked; ``as_torch`` has broadcast weights and dtypes of torch's losses."""
+    """A call's arguments, checked; ``as_torch`` has broadcast weights and dtypes of torch's losses.
+
+    Of a call that goes in chunks nobody needs to know where the whole has its labels.
+    """
     if not _OPTIONS.issuperset(options):
         unknown = next(name for name in options if name not in _OPTIONS)
         raise TypeError(f"{unknown}: expected no such argument; the options are {', '.join(Options.__annotations__)}")
@@ -93,7 +100,7 @@ def prepare(
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
     soft, places = None, None
     if dense is not None and dispatch.can_check_values(dense.device):
-        soft, places = look(dense)
+        soft, places = (has_soft_labels(dense), None) if in_chunks else find_few(dense)
         if soft and not as_torch:
             check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)

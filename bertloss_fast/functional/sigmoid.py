@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import NoneType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,8 +14,6 @@ from .elementwise import Options, elementwise_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_Memory = (UpstreamMemory, NoneType)
 
 
 def sigmoid_focal_loss(
@@ -134,8 +131,9 @@ def binary_cross_entropy_with_logits(
     Follows ``torch.nn.functional.binary_cross_entropy_with_logits``.
     """
     reduction = one_reduction(size_average, reduce, reduction)
-    plain = weight is None and pos_weight is None and sample_weight is None and mask is None and ignore_index is None
-    if plain and normalizer is None and label_smoothing == 0 and isinstance(upstream_memory, _Memory):
+    given = (weight, pos_weight, sample_weight, mask, ignore_index, normalizer)
+    plain = all(option is None for option in given) and label_smoothing.__class__ is float and label_smoothing == 0
+    if plain and isinstance(upstream_memory, UpstreamMemory | None):
         loss = small_cross_entropy(input, target, reduction, backend)
         if loss is not None:
             return loss

@@ -9,7 +9,8 @@ from torch import Tensor
 
 Block = tuple[slice, slice]
 
-# Elements that one thread works on at a time: a dozen intermediates of them fit its share of the cache.
+# Elements that one thread works on at a time. Half as many are better in a cache of a core's own, but then what a block
+# costs in Python counts for more.
 _BLOCK = 131072
 
 

@@ -20,7 +20,7 @@ from .blocks import block_size
 from .families import Family, Saved, Wanted
 from .operands import as_matrices, cut_matrices
 from .passes import denominator
-from .sparse import by_chunk, dense_block
+from .sparse import by_chunk
 
 
 class Layer(NamedTuple):
@@ -84,7 +84,7 @@ class _Kind(NamedTuple):
 
 # Logits at a time. On the CPU a chunk, its block of losses and what they are made of stay in a core's cache; on a GPU a
 # chunk and its targets stay in the L2 cache. Both sides of a product are to be long enough for its speed.
-_ON_CPU, _ON_GPU = 4, 2**23
+_ON_CPU, _ON_GPU = 2, 2**23
 _FEWEST_LABELS, _FEWEST_ROWS = 256, 128
 
 
@@ -193,10 +193,10 @@ def _cut_labels(
 
 def _with_labels(operands: of_labels.Operands, crow: Tensor, col: Tensor, backend: str) -> of_labels.Operands:
     """Those between the ends of ``crow``."""
-    if backend == "triton":
-        return operands._replace(crow=crow, col=col)
-    rows, labels = (slice(0, size) for size in operands.inputs.shape)
-    return operands._replace(targets=dense_block(crow, col, rows, labels), crow=None, col=None)
+    if backend != "triton":  # whose kernels alone find where they begin; a GPU waits
+        col = col[int(crow[0]) : int(crow[-1])]
+        crow = crow - crow[0]
+    return operands._replace(crow=crow, col=col)
 
 
 def _cut_rows(operands: of_classes.Operands, layer: Layer, num_rows: int, steps: Steps, backend: str) -> Iterator[Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from ..reference.sigmoid import Operands
@@ -87,5 +88,34 @@ def cut_matrices(operands: Operands, rows: slice, labels: slice) -> Operands:
         mask=cut(operands.mask, rows, labels),
         by_label=cut(operands.by_label, slice(None), labels),
         by_row=cut(operands.by_row, rows),
+        places=None,
+    )
+
+
+def single_elements(operands: Operands, rows: Tensor, labels: Tensor) -> Operands:
+    """Elements of operands that are matrices, each as a row of one label; labels in CSR are taken for theirs."""
+
+    def of_element(matrix: Tensor | None) -> Tensor | None:
+        return None if matrix is None else matrix[rows, labels].unsqueeze(1)
+
+    def of_label(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector[..., labels].unsqueeze(-1)
+
+    def of_row(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector[rows]
+
+    inputs = operands.inputs[rows, labels].unsqueeze(1)
+    return operands._replace(
+        inputs=inputs,
+        targets=torch.ones_like(inputs) if operands.targets is None else of_element(operands.targets),
+        crow=None,
+        col=None,
+        alpha=of_label(operands.alpha),
+        weight=of_element(operands.weight),
+        pos_weight=of_label(operands.pos_weight),
+        sample_weight=of_row(operands.sample_weight),
+        mask=of_element(operands.mask),
+        by_label=of_label(operands.by_label),
+        by_row=of_row(operands.by_row),
         places=None,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -18,7 +17,7 @@ from .autograd import compute_loss
 from .blocks import Block, block_size, has_soft_labels
 from .compiled import register
 from .families import Family, Gradients, Saved, Shape, Wanted
-from .few_labels import split
+from .few_labels import take_apart
 from .inductor import with_inductor
 from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
 from .passes import denominator, is_counted
@@ -31,6 +30,8 @@ if dispatch.TRITON_ERROR is None:
     from ..kernels.sigmoid import sigmoid_launcher
     from ..kernels.upstream import Upstream
     from .launch import expected_upstream, matrices, upstream_of
+
+Place = Block | tuple[Tensor, Tensor]
 
 # Formulas of so few operations that torch's autograd in C++ beats a Function in Python, which costs as much as ten.
 _SHORT = ("bce",)
@@ -217,14 +218,17 @@ def _eager_forward(
         return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype), note
     grad = _room(inputs, room) if with_grad else None
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
-    sums = []
     shape = rows_and_labels(inputs)
-    for place, values in _eager_blocks(spec, operands, scale, upstream, None if grad is None else grad.view(shape)):
-        if reduced:
-            sums.append(values.sum())
-        else:
-            loss.view(shape)[place] = as_dtype(values, spec.loss_dtype)
-    return loss.copy_(torch.stack(sums).sum()) if reduced else loss, grad, note
+    total = _eager_blocks(
+        spec,
+        operands,
+        scale,
+        upstream,
+        loss=None if reduced else loss.view(shape),
+        grad=None if grad is None else grad.view(shape),
+        summed=reduced,
+    )
+    return loss if total is None else loss.copy_(total), grad, note
 
 
 def _eager_backward(
@@ -246,35 +250,51 @@ def _eager_backward(
     scale = scale.reshape(shape) if isinstance(scale, Tensor) else scale
     # What is written is not what autograd saved for a second use: its version stays.
     with _unsafe_preserve_version_counter(grad):
-        for _ in _eager_blocks(spec, operands, scale, number, grad.view(shape)):
-            pass
+        _eager_blocks(spec, operands, scale, number, grad=grad.view(shape))
     return grad
 
 
 def _eager_blocks(
-    spec: Spec, operands: Operands, scale: float | Tensor, upstream: float | None, grad: Tensor | None
-) -> Iterator[tuple[Block | tuple[Tensor, Tensor], Tensor]]:
-    """Losses and where they belong. The sum over all is the loss's; of a place that comes twice, the second counts.
+    spec: Spec,
+    operands: Operands,
+    scale: float | Tensor,
+    upstream: float | None,
+    *,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+    summed: bool = False,
+) -> Tensor | None:
+    """Losses and gradients, written to the matrices that are given; the sum of the losses where it is ``summed``.
 
-    ``scale`` and ``grad``, which is written, are matrices.
+    ``scale`` is a matrix, if it is a tensor.
     """
+    sums: list[Tensor] = []
 
-    def compute(part: Operands, place: Block | tuple[Tensor, Tensor], out: Tensor | None) -> Result:
+    def compute(part: Operands, place: Place, zeros: bool = False) -> Result:
         of_part = scale[place].view(part.inputs.shape) if isinstance(scale, Tensor) else scale
-        return _eager_block(spec, part, of_part, upstream, grad is not None, out)
+        out = grad[place] if grad is not None and isinstance(place[0], slice) else None
+        return _eager_block(spec, part, of_part, upstream, grad is not None, zeros=zeros, out=out)
 
-    few = split(operands)
+    def keep(values: Tensor, place: Place) -> None:
+        if summed:
+            sums.append(values.sum())
+        if loss is not None:
+            loss[place] = as_dtype(values, loss.dtype)
+
+    few = take_apart(operands)
     if few is None:
         for block, part in parts(operands):
-            yield block, compute(part, block, None if grad is None else grad[block])[0]
-        return
-    for block, part, others in few.parts():
-        values, _ = compute(part, block, None if grad is None else grad[block])
-        yield block, values.index_put_(others, values.new_zeros(()))
-    values, slopes = compute(few.others, (few.rows, few.cols), None)
-    if grad is not None and slopes is not None:
-        grad.index_put_((few.rows, few.cols), as_dtype(slopes, grad.dtype).squeeze(1))
-    yield (few.rows, few.cols), values.squeeze(1)
+            keep(compute(part, block)[0], block)
+    else:
+        for block, part, others in few.blocks():
+            values, _ = compute(part, block, zeros=True)
+            keep(values.index_put_(others, values.new_zeros(())), block)
+        place = few.rows, few.cols
+        values, slopes = compute(few.others, place)
+        keep(values.squeeze(1), place)
+        if grad is not None and slopes is not None:
+            grad[place] = as_dtype(slopes.squeeze(1), grad.dtype)
+    return torch.stack(sums).sum() if summed else None
 
 
 def _eager_block(
@@ -283,8 +303,11 @@ def _eager_block(
     scale: float | Tensor,
     upstream: float | None,
     with_grad: bool,
+    *,
+    zeros: bool = False,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Without targets, those that are all 0."""
-    soft = operands.targets is not None and _is_soft(spec, operands.targets)
-    return reference.elementwise(spec, operands, scale=scale, upstream=upstream, soft=soft, slope=with_grad, out=out)
+) -> Result:
+    soft = not zeros and _is_soft(spec, cast(Tensor, operands.targets))
+    return reference.elementwise(
+        spec, operands, scale=scale, upstream=upstream, soft=soft, zeros=zeros, slope=with_grad, out=out
+    )

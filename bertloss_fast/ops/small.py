@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..reference.formulas import softplus_of
 from . import dispatch
@@ -12,17 +15,13 @@ _SMALL = 8192
 
 
 def small_cross_entropy(inputs: object, targets: object, reduction: str, backend: str | None) -> Tensor | None:
-    """Binary cross-entropy of hard labels, as operations that torch's autograd differentiates in C++.
+    """Binary cross-entropy of a small float32 batch on the CPU, as operations that torch's autograd differentiates.
 
-    None for all that is not small, in float32 on the CPU: the general way takes it, and tells what is wrong with it.
+    None for all else, soft labels and whatever is wrong included: the general way takes it, or tells.
     """
-    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)) or reduction not in ("mean", "sum"):
+    if not (_is_plain(inputs) and _is_plain(targets)) or reduction not in ("mean", "sum"):
         return None
-    if not (inputs.dtype is targets.dtype is torch.float32 and inputs.shape == targets.shape and inputs.dim()):
-        return None
-    if not (0 < inputs.numel() <= _SMALL and inputs.is_cpu and targets.is_cpu) or targets.requires_grad:
-        return None
-    if inputs.layout is not torch.strided or targets.layout is not torch.strided:
+    if inputs.shape != targets.shape or not inputs.dim() or not 0 < inputs.numel() <= _SMALL or targets.requires_grad:
         return None
     if dispatch.needs_plain_operations() or torch.is_autocast_enabled("cpu"):
         return None
@@ -30,3 +29,13 @@ def small_cross_entropy(inputs: object, targets: object, reduction: str, backend
         return None
     losses = softplus_of(torch.rsub(targets, 1.0, alpha=2) * inputs)
     return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _is_plain(tensor: Any) -> TypeGuard[Tensor]:
+    return (
+        tensor.__class__ in (Tensor, Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )

@@ -17,36 +17,30 @@ def row_of_label(crow: Tensor, col: Tensor) -> Tensor:
     return rows.repeat_interleave(crow.diff(), output_size=len(col))
 
 
-def dense_block(crow: Tensor, col: Tensor, rows: slice, cols: slice) -> Tensor:
-    """Rows and columns of the targets as 0 and 1; a GPU waits."""
-    crow = crow[rows.start : rows.stop + 1]
-    col = col[int(crow[0]) : int(crow[-1])].long() - cols.start
-    row = row_of_label(crow, col)
-    width = cols.stop - cols.start
-    inside = (col >= 0) & (col < width)
-    block = torch.zeros(len(crow) - 1, width, dtype=torch.uint8, device=col.device)
-    block[row[inside], col[inside]] = 1
-    return block
+def by_block(places: Tensor, blocks: Sequence[Block], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """For each block of a matrix the places, counted row after row and sorted, that lie in it, from its first element.
+
+    A block is whole rows or a part of one, so that its elements follow each other; and so do the blocks.
+    """
+    begins = [rows.start * shape[1] + cols.start for rows, cols in blocks]
+    ends = torch.tensor([0, *begins[1:], shape[0] * shape[1]], device=places.device)
+    counts = torch.searchsorted(places, ends).diff()
+    offsets = places - torch.tensor(begins, device=places.device).repeat_interleave(counts)
+    return torch.split(offsets, counts.tolist())
 
 
 def dense_blocks(crow: Tensor, col: Tensor, num_labels: int, blocks: Sequence[Block]) -> Iterator[Tensor]:
-    """The targets as 0 and 1 in blocks, whole rows or parts of one, that follow each other; a GPU waits.
+    """The targets as 0 and 1 in blocks as of :func:`by_block`; a GPU waits.
 
     All in the same memory, where only labels are set and cleared again: a block is another one after the next step.
     """
-    begins = [rows.start * num_labels + cols.start for rows, cols in blocks]
-    ends = [*begins[1:], (len(crow) - 1) * num_labels]
-    places = row_of_label(crow, col) * num_labels + col
-    counts = torch.searchsorted(places, torch.tensor([0, *ends], device=col.device)).diff()
-    of_blocks = places - torch.tensor(begins, device=col.device).repeat_interleave(counts)
-    memory = torch.zeros(
-        max(end - begin for begin, end in zip(begins, ends, strict=True)), dtype=torch.uint8, device=col.device
-    )
-    for (rows, cols), labels in zip(blocks, torch.split(of_blocks, counts.tolist()), strict=True):
-        shape = rows.stop - rows.start, cols.stop - cols.start
-        memory.index_fill_(0, labels, 1)
-        yield memory[: shape[0] * shape[1]].view(shape)
-        memory.index_fill_(0, labels, 0)
+    shapes = [(rows.stop - rows.start, cols.stop - cols.start) for rows, cols in blocks]
+    labels = by_block(row_of_label(crow, col) * num_labels + col, blocks, (len(crow) - 1, num_labels))
+    memory = torch.zeros(max(rows * cols for rows, cols in shapes), dtype=torch.uint8, device=col.device)
+    for (rows, cols), of_block in zip(shapes, labels, strict=True):
+        memory.index_fill_(0, of_block, 1)
+        yield memory[: rows * cols].view(rows, cols)
+        memory.index_fill_(0, of_block, 0)
 
 
 def dense(crow: Tensor, col: Tensor, shape: torch.Size) -> Tensor:

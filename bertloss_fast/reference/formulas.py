@@ -1,9 +1,10 @@
 """The formulas of the multi-label family in plain PyTorch: what one logit and one label cost, and the slope in it.
 
 The mathematics is that of ``kernels/formulas.py``: v = (1 - 2y) x for the hard label nearest to y, q = sigmoid(v) the
-probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is taken as 1 minus the other where
-that would cost a result its relative accuracy. Autograd through the values is right to second order at any finite
-logit; at an infinite one it multiplies 0 by infinity, and only the slopes that are spelled out here give the limit.
+probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is taken as 1 minus the other, so both
+keep their relative accuracy, but in :func:`_focal_in_few_passes`, which can do without. Autograd through the values is
+right to second order at any finite logit; at an infinite one it multiplies 0 by infinity, and only the slopes that are
+spelled out here give the limit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+# In float32 that costs the focal loss's slope 0.9e-6 times gamma at most, and it is to be right to 2e-6.
+_LARGEST_OF_FEW_PASSES = 2.0
 # Beyond it softplus is the identity: at 20, torch's default, that costs a double its last digits.
 _LINEAR = 40.0
 
@@ -62,8 +65,8 @@ def poly(
 ) -> Result:
     """``factor`` times poly-1 on the focal loss, and its slope in v."""
     of = _logistic(v, slope)
-    hard = label.soft is None and label.share is None
-    if slope and isinstance(of, _Torchs) and 0 < gamma <= 2 and not epsilon and hard:
+    plain = label.soft is None and label.share is None and not epsilon
+    if slope and plain and of.counts_passes and 0 < gamma <= _LARGEST_OF_FEW_PASSES:
         return _focal_in_few_passes(of, factor, gamma)
     ce = _cross_entropy(v, of.softplus(), label)
     q, p = of.sigmoid(), of.sigmoid_of_minus()
@@ -89,16 +92,17 @@ def poly(
     return loss, growth.mul_(modulation)
 
 
-def _focal_in_few_passes(of: _Torchs, factor: Factor, gamma: float) -> Result:
+def _focal_in_few_passes(of: _Torchs | _OfOneExponential, factor: Factor, gamma: float) -> Result:
     """The focal loss of hard labels, and its slope modulation * (gamma * p * ce + q), where passes are what costs.
 
-    In the slope p is 1 - q, which is off by gamma * ln(1 / p) / 2 units in q's last place: 1e-6 times gamma in float32.
+    In the slope p is 1 - q, which is off by up to gamma * ln(1 / p) / 2 units in q's last place.
     """
     q = of.sigmoid()
     modulation = weighted(_power(q, gamma, lambda: -of.softplus_of_minus()), factor)
     loss = of.softplus().mul_(modulation)
-    limit = torch.finfo(q.dtype).max  # for an infinite loss, whose p is 0
-    weighed = (loss * gamma).clamp_(-limit, limit)
+    # Where the loss is infinite, or infinity times a weight of 0, p is 0.
+    limit = torch.finfo(q.dtype).max
+    weighed = (loss * gamma).nan_to_num_(0.0, limit, -limit)
     return loss, torch.lerp(weighed, modulation, q, out=weighed)
 
 
@@ -213,6 +217,8 @@ def softplus_of(v: Tensor) -> Tensor:
 class _Torchs:
     """Sigmoid and softplus of v and of -v as torch has them: on the CPU its fastest, and differentiable."""
 
+    counts_passes = True
+
     def __init__(self, v: Tensor) -> None:
         self._v = v
 
@@ -231,6 +237,8 @@ class _Torchs:
 
 class _OfOneExponential:
     """The same for a compiler, which drops what nobody asks for. Not for autograd: it has no derivative at v = 0."""
+
+    counts_passes = False
 
     def __init__(self, v: Tensor) -> None:
         e = torch.exp(-v.abs())

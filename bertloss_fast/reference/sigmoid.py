@@ -25,10 +25,7 @@ class Spec(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The tensors of a call. Targets are dense, or else labels in CSR; what formulas read beside them is contiguous.
-
-    In the closed forms, neither stands for targets that are all 0.
-    """
+    """The tensors of a call. Targets are dense, or else labels in CSR; what formulas read beside them is contiguous."""
 
     inputs: Tensor  # [..., L]
     targets: Tensor | None = None  # [..., L]
@@ -53,17 +50,19 @@ def elementwise(
     scale: float | Tensor = 1.0,
     upstream: float | None = None,
     soft: bool,
+    zeros: bool = False,
     slope: bool = False,
     out: Tensor | None = None,
 ) -> Result:
     """``scale`` times the loss of every element, and on request its derivative in ``inputs`` (which ``out`` can take).
 
     The derivative is multiplied by an ``upstream`` gradient.
-    ``soft=False`` promises that every target that counts is 0 or 1, and is a shorter formula. Hard labels are selected
-    by arithmetic: it is exact, and on the CPU several times as fast as ``torch.where`` on a mask.
+    ``zeros`` is for targets that are all 0, and need not be there. ``soft=False`` promises that every target that
+    counts is 0 or 1, and is a shorter formula. Hard labels are selected by arithmetic: it is exact, and on the CPU
+    several times as fast as ``torch.where`` on a mask.
     """
-    x, y, kept = _elements(spec, operands)
-    label = _ZERO if y is None else _label(spec, y, operands.pos_weight, soft)
+    x, y, kept = _elements(spec, operands, zeros)
+    label = _zero(x) if y is None else _label(spec, y, operands.pos_weight, soft)
     # A number is folded into alpha's two values.
     number = 1.0 if isinstance(scale, Tensor) else scale
     factor = _class_weight(spec, operands, y if label.soft is None else label.soft.y, number)
@@ -105,20 +104,22 @@ def _class_weight(spec: Spec, operands: Operands, y: Tensor | None, number: floa
 def histogram(spec: Spec, operands: Operands, bins: int, *, soft: bool) -> Tensor:
     """How many elements have their |sigmoid(x) - y| in each of the bins, for GHM."""
     x, y, kept = _elements(spec, operands)
-    label = _ZERO if y is None else _label(spec, y, None, soft)
+    assert y is not None
+    label = _label(spec, y, None, soft)
     index = gradient_bin(torch.sigmoid(label.sign * x), label, bins)
     ones = torch.ones_like(index) if kept is None else kept.long()
     return torch.zeros(bins, dtype=torch.long, device=x.device).scatter_add(0, index.flatten(), ones.flatten())
 
 
-def _elements(spec: Spec, operands: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _elements(spec: Spec, operands: Operands, zeros: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Logits and targets in the dtype of the computation, None for zeros; and which of them count, None for all."""
     kept = keep(spec, operands)
     x = as_dtype(operands.inputs, spec.compute_dtype)
     if kept is not None:
         x = torch.where(kept, x, 0.0)  # what does not count is no source of NaN
-    if operands.targets is None:
+    if zeros:
         return x, x.new_zeros(()) if spec.smoothing else None, kept
+    assert operands.targets is not None
     y = as_dtype(operands.targets, spec.compute_dtype)
     return x, y if kept is None else torch.where(kept, y, 0.0), kept
 
@@ -140,7 +141,8 @@ def keep(spec: Spec, operands: Operands) -> Tensor | None:
     return kept
 
 
-_ZERO = Label(torch.zeros(()), torch.ones(()), None, None)
+def _zero(x: Tensor) -> Label:
+    return Label(x.new_zeros(()), x.new_ones(()), None, None)
 
 
 def _label(spec: Spec, y: Tensor, pos_weight: Tensor | None, soft: bool) -> Label:

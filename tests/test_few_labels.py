@@ -1,0 +1,160 @@
+"""The eager backend's ways round its blocks: few labels by themselves, and small batches without a Function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from cases import logits
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+import bertloss_fast as bf
+from bertloss_fast.ops.blocks import block_size
+from bertloss_fast.ops.few_labels import _FEW, find_few, take_apart
+from bertloss_fast.ops.small import small_cross_entropy
+from bertloss_fast.reference.sigmoid import Operands
+
+CPU = torch.device("cpu")
+
+
+def batch(more: int = 0) -> tuple[Tensor, Tensor]:
+    """Of a little more than a block, with as many labels as are few, or some more."""
+    rows = block_size(torch.empty(0)) // 500 + 1
+    x = logits(rows, 500, device=CPU, dtype=torch.float32)
+    y = torch.zeros(rows, 500)
+    y.view(-1)[torch.randperm(y.numel(), generator=torch.Generator().manual_seed(0))[: y.numel() // _FEW + more]] = 1
+    return x, y
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_and_one_too_many(few: bool) -> None:
+    """Dense and sparse alike, and both as float64 has it."""
+    x, y = batch(more=0 if few else 1)
+    labels = bf.SparseLabels.from_dense(y)
+    dense = Operands(x, y, places=find_few(y).places)
+    sparse = Operands(x, crow=labels.crow_indices, col=labels.col_indices)
+    assert [take_apart(operands) is not None for operands in (dense, sparse)] == [few, few]
+    found = []
+    for targets in (y, labels):
+        loss = bf.sigmoid_focal_loss(x, targets, reduction="mean", backend="eager")
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    assert all(map(torch.equal, *found))
+    exact = x.detach().double().requires_grad_()
+    true = oracles.sigmoid_focal(exact, y.double(), alpha=0.25, gamma=2.0, reduction="mean")
+    torch.testing.assert_close(found[0][0].double(), true.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0][1].double(), torch.autograd.grad(true, exact)[0], rtol=3e-6, atol=1e-12)
+
+
+def test_a_label_that_comes_twice_counts_once() -> None:
+    x, y = batch()
+    labels = bf.SparseLabels.from_dense(y)
+    counts = labels.crow_indices.diff()
+    twice = bf.SparseLabels(
+        torch.nn.functional.pad((2 * counts).cumsum(0), (1, 0)), labels.col_indices.repeat_interleave(2), labels.shape
+    )
+    some = twice[:200]  # twice as many are no longer few
+    losses = [bf.sigmoid_focal_loss(x[:200], some, reduction="sum", backend="eager")]
+    losses.append(bf.sigmoid_focal_loss(x[:200], labels[:200], reduction="sum", backend="eager"))
+    assert take_apart(Operands(x, crow=some.crow_indices, col=some.col_indices)) is not None
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("values", [(0.3,), (1.0, 0.5), (-0.0, 1.0)])
+def test_few_soft_labels(values: tuple[float, ...]) -> None:
+    x, y = batch()
+    y[y == 1] = torch.tensor(values).repeat(int(y.sum()) // len(values) + 1)[: int(y.sum())]
+    assert find_few(y).places is not None
+    assert find_few(y).soft == bool({0.3, 0.5} & set(values))
+    exact = x.detach().double().requires_grad_()
+    loss = bf.binary_cross_entropy_with_logits(x, y, backend="eager")
+    true = torch.nn.functional.binary_cross_entropy_with_logits(exact, y.double())
+    torch.testing.assert_close(loss.double(), true, rtol=1e-6, atol=0)
+    ours, theirs = torch.autograd.grad(loss, x)[0], torch.autograd.grad(true, exact)[0]
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-12)
+
+
+def test_tensors_that_numpy_cannot_read() -> None:
+    x, y = batch()
+    loss = bf.sigmoid_focal_loss(TwoTensor(x, x), TwoTensor(y, y), reduction="mean", backend="eager")
+    torch.testing.assert_close(loss.a, bf.sigmoid_focal_loss(x, y, reduction="mean", backend="eager"))
+
+
+def test_tensors_are_made_where_the_batch_is() -> None:
+    x, y = batch()
+    expected = bf.sigmoid_focal_loss(x, y, reduction="mean", backend="eager")
+    with torch.device("meta"):
+        found = [
+            bf.sigmoid_focal_loss(x, targets, reduction="mean", backend="eager")
+            for targets in (y, bf.SparseLabels.from_dense(y))
+        ]
+    assert all(torch.equal(loss, expected) for loss in found)
+
+
+def hard(**options: Any) -> Tensor:
+    return (torch.arange(12).view(3, 4) % 5 == 0).to(**{"dtype": torch.float32, **options})
+
+
+def test_a_small_batch_goes_straight_to_torch_s_autograd() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    for module in (bf.BCEWithLogitsLoss(backend="eager"), bf.BCEWithLogitsLoss(backend="eager", reduction="sum")):
+        loss = module(x, hard())
+        assert loss.grad_fn is not None
+        assert loss.grad_fn.name() in ("MeanBackward0", "SumBackward0")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "reduction"),
+    [
+        (torch.zeros(3, 4), hard(), "none"),
+        (torch.zeros(3, 4), hard(dtype=torch.float64), "mean"),
+        (torch.zeros(3, 4).bfloat16(), hard().bfloat16(), "mean"),
+        (torch.zeros(3, 4), hard().requires_grad_(), "mean"),
+        (torch.zeros(3, 4), hard() / 2, "mean"),
+        (torch.zeros(4), hard(), "mean"),
+        (torch.zeros(0, 4), torch.zeros(0, 4), "mean"),
+        (torch.zeros(()), torch.zeros(()), "mean"),
+        (torch.zeros(100, 100), torch.zeros(100, 100), "mean"),
+        (torch.zeros(3, 4).to_sparse(), hard(), "mean"),
+        (torch.nested.nested_tensor([torch.zeros(2)]), torch.nested.nested_tensor([torch.zeros(2)]), "mean"),
+        (torch.zeros(3, 4), bf.SparseLabels.from_dense(hard()), "mean"),
+        ([0.0], hard(), "mean"),
+    ],
+)
+def test_what_goes_the_general_way(x: Any, y: Any, reduction: str) -> None:
+    assert small_cross_entropy(x, y, reduction, "eager") is None
+
+
+def test_the_general_way_under_autocast_and_transforms() -> None:
+    x, found = torch.zeros(3, 4), []
+
+    def ask(x: Tensor) -> Tensor:
+        found.append(small_cross_entropy(x, hard(), "mean", "eager"))
+        return x.sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ask(x)
+    torch.func.grad(ask)(x)
+    assert found == [None, None]
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": False}, {"label_smoothing": 2.0}, {"upstream_memory": 1}])
+def test_what_is_wrong_with_a_small_batch_is_told(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        bf.binary_cross_entropy_with_logits(torch.zeros(3, 4), hard(), backend="eager", **options)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x[:, 1:]])
+def test_any_strides(make: Callable[[Tensor], Tensor]) -> None:
+    x, y = batch()
+    x, y = make(x.detach()).requires_grad_(), make(y)
+    found = bf.sigmoid_focal_loss(x, y, reduction="sum", backend="eager")
+    exact = x.detach().double().requires_grad_()
+    true = oracles.sigmoid_focal(exact, y.double(), alpha=0.25, gamma=2.0, reduction="sum")
+    torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
+    grads = [torch.autograd.grad(loss, leaf)[0].double() for loss, leaf in ((found, x), (true, exact))]
+    torch.testing.assert_close(*grads, rtol=3e-6, atol=1e-9)
