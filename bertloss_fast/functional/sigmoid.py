@@ -131,9 +131,9 @@ def binary_cross_entropy_with_logits(
     Follows ``torch.nn.functional.binary_cross_entropy_with_logits``.
     """
     reduction = one_reduction(size_average, reduce, reduction)
-    given = (weight, pos_weight, sample_weight, mask, ignore_index, normalizer)
-    plain = all(option is None for option in given) and label_smoothing.__class__ is float and label_smoothing == 0
-    if plain and isinstance(upstream_memory, UpstreamMemory | None):
+    plain = weight is None and pos_weight is None and sample_weight is None and mask is None and ignore_index is None
+    smooth = label_smoothing.__class__ is not float or label_smoothing
+    if plain and normalizer is None and not smooth and isinstance(upstream_memory, UpstreamMemory | None):
         loss = small_cross_entropy(input, target, reduction, backend)
         if loss is not None:
             return loss
