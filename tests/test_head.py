@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import oracles
@@ -270,7 +270,18 @@ def test_what_rounding_leaves_alone(device: torch.device) -> None:
     torch.testing.assert_close(found.float(), values, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available(), reason="needs /proc")
+def most_allocated(run: Callable[[], object], device: torch.device) -> int:
+    """By torch, above what there was. A process's resident set tells of malloc's habits too."""
+    if device.type == "cuda":
+        return extra_peak_bytes(run, device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))
+
+
 def test_a_fused_step_holds_no_gradient_of_the_weight(device: torch.device) -> None:
     """As the way with autograd does, which shows that the measure sees one."""
     labels, features = 150_000, 64
@@ -280,9 +291,9 @@ def test_a_fused_step_holds_no_gradient_of_the_weight(device: torch.device) -> N
     optimizer = bf.HeadSGD(0.1)
     weight_bytes = labels * features * 4
     for run, low, high in (
-        (lambda: head.fused_step(hidden, y, optimizer), 0, 0.5),
-        (lambda: head(hidden, y).backward(), 0.9, 1.3),
+        (lambda: head.fused_step(hidden, y, optimizer), 0, 0.4),
+        (lambda: head(hidden, y).backward(), 1, 1.3),
     ):
         run()
         head.zero_grad()
-        assert low <= extra_peak_bytes(run, device) / weight_bytes <= high
+        assert low <= most_allocated(run, device) / weight_bytes <= high
