@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from ..reference.formulas import softplus_of
 from . import dispatch
 
+# 32 x 100 takes 1.5 times the time of torch's own with it, and 2.2 without; a larger batch has less to gain.
 _SMALL = 8192
 
 
