@@ -24,7 +24,7 @@ def blocks(matrix: Tensor) -> Iterator[Block]:
     rows, cols = matrix.shape
     size = block_size(matrix)
     col_step = -(-cols // max(round(cols / size), 1))
-    row_step = max(size // col_step, 1)
+    row_step = max(round(size / col_step), 1)
     for row in range(0, rows, row_step):
         for col in range(0, cols, col_step):
             yield slice(row, min(row + row_step, rows)), slice(col, min(col + col_step, cols))
@@ -40,10 +40,12 @@ def has_soft_labels(targets: Tensor) -> bool:
         return not torch.equal(targets * targets, targets)
     whole = not targets.is_contiguous()
     parts = (targets,) if whole else torch.split(targets.view(-1), block_size(targets))
-    return any(map(_has_values_between, parts))
+    room = torch.empty_like(parts[0])
+    return any(_has_values_between(part, room) for part in parts)
 
 
-def _has_values_between(targets: Tensor) -> bool:
+def _has_values_between(targets: Tensor, room: Tensor) -> bool:
     # As y * y == y, three times as fast on a large tensor; NaN is not 0 either.
-    low, high = torch.addcmul(targets, targets, targets, value=-1).aminmax()
+    of_part = room if targets.shape == room.shape else None
+    low, high = torch.addcmul(targets, targets, targets, value=-1, out=of_part).aminmax()
     return not low.item() == high.item() == 0

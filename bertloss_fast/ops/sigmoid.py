@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from ..reference import few_passes
 from ..reference import sigmoid as reference
 from ..reference.formulas import Result
 from ..reference.sigmoid import Operands, Spec, as_dtype
@@ -269,28 +270,40 @@ def _eager_blocks(
     ``scale`` is a matrix, if it is a tensor.
     """
     sums: list[Tensor] = []
+    room = few_passes.Room() if few_passes.is_served(spec, operands, scale) else None
 
-    def compute(part: Operands, place: Place, zeros: bool = False) -> Result:
-        of_part = scale[place].view(part.inputs.shape) if isinstance(scale, Tensor) else scale
-        out = grad[place] if grad is not None and isinstance(place[0], slice) else None
-        return _eager_block(spec, part, of_part, upstream, grad is not None, zeros=zeros, out=out)
-
-    def keep(values: Tensor, place: Place) -> None:
+    def keep(values: Tensor, place: Place, times: float = 1.0, total: Tensor | None = None) -> None:
         if summed:
-            sums.append(values.sum())
+            sums.append(values.sum() if total is None else total)
         if loss is not None:
-            loss[place] = as_dtype(values, loss.dtype)
+            loss[place] = as_dtype(values if times == 1 else values / times, loss.dtype)
+
+    def compute(block: Block, part: Operands, others: Tensor | None = None) -> None:
+        """Of zeros alone where ``others`` are left out."""
+        zeros = others is not None
+        out = None if grad is None else grad[block]
+        if room is not None and (zeros or not _is_soft(spec, cast(Tensor, part.targets))):
+            found = few_passes.elementwise(
+                spec, part, room, scale=cast(float, scale), upstream=upstream, others=others, out=out
+            )
+            if found is not None:
+                return keep(found.values, block, found.times, found.total)
+        of_part = scale[block] if isinstance(scale, Tensor) else scale
+        values, _ = _eager_block(spec, part, of_part, upstream, grad is not None, zeros=zeros, out=out)
+        if others is not None:
+            values.put_(others, values.new_zeros(others.shape))
+        return keep(values, block)
 
     few = take_apart(operands)
     if few is None:
         for block, part in parts(operands):
-            keep(compute(part, block)[0], block)
+            compute(block, part)
     else:
-        for block, part, others in few.blocks():
-            values, _ = compute(part, block, zeros=True)
-            keep(values.index_put_(others, values.new_zeros(())), block)
+        for block, part, of_block in few.blocks():
+            compute(block, part, of_block)
         place = few.rows, few.cols
-        values, slopes = compute(few.others, place)
+        of_others = scale[place].unsqueeze(1) if isinstance(scale, Tensor) else scale
+        values, slopes = _eager_block(spec, few.others, of_others, upstream, grad is not None)
         keep(values.squeeze(1), place)
         if grad is not None and slopes is not None:
             grad[place] = as_dtype(slopes.squeeze(1), grad.dtype)
