@@ -158,3 +158,88 @@ def test_any_strides(make: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
     grads = [torch.autograd.grad(loss, leaf)[0].double() for loss, leaf in ((found, x), (true, exact))]
     torch.testing.assert_close(*grads, rtol=3e-6, atol=1e-9)
+
+
+LATE = ("eager", "inductor")
+
+
+def crowded() -> tuple[Tensor, Tensor]:
+    """Of a little more than a block, with so many labels that each block is looked at when it is computed."""
+    x, y = batch()
+    return x, (logits(*y.shape, device=CPU, dtype=torch.float32).detach() > 0).float()
+
+
+@pytest.mark.parametrize("backend", LATE)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", ["focal", "bce"])
+def test_soft_labels_that_are_seen_late(loss: str, reduction: str, backend: str) -> None:
+    x, y = crowded()
+    y[-1, -1] = 0.3
+    assert find_few(y, later=True) == (None, None)
+    function, oracle, options = {
+        "focal": (bf.sigmoid_focal_loss, oracles.sigmoid_focal, {"alpha": 0.25, "gamma": 2.0}),
+        "bce": (
+            bf.binary_cross_entropy_with_logits,
+            torch.nn.functional.binary_cross_entropy_with_logits,
+            {},
+        ),
+    }[loss]
+    exact = x.detach().double().requires_grad_()
+    ours = function(x, y, reduction=reduction, backend=backend, **options)
+    theirs = oracle(exact, y.double(), reduction=reduction, **options)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-12)
+    grads = torch.autograd.grad(ours.sum(), x)[0].double(), torch.autograd.grad(theirs.sum(), exact)[0]
+    torch.testing.assert_close(*grads, rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", LATE)
+@pytest.mark.parametrize("value", [1.5, -0.25])
+def test_no_probability_that_is_seen_late(value: float, backend: str) -> None:
+    """An error, but where it does not count, or where torch takes it."""
+    x, y = crowded()
+    hard = y.clone()
+    y[-1, -1] = value
+    with pytest.raises(ValueError, match=rf"^targets: expected values from 0 to 1, got {value:g}$"):
+        bf.sigmoid_focal_loss(x, y, reduction="mean", backend=backend)
+    ours = bf.binary_cross_entropy_with_logits(x, y, backend=backend)
+    torch.testing.assert_close(ours, torch.nn.functional.binary_cross_entropy_with_logits(x, y))
+    mask = torch.ones_like(y, dtype=torch.bool)
+    mask[-1, -1] = False
+    losses = [bf.sigmoid_focal_loss(x, t, reduction="mean", mask=mask, backend=backend) for t in (y, hard)]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("backend", LATE)
+def test_a_logit_that_is_nan_among_hard_labels(backend: str) -> None:
+    x, y = crowded()
+    with torch.no_grad():
+        x[-1, -1] = torch.nan
+    loss = bf.sigmoid_focal_loss(x, y, reduction="sum", backend=backend)
+    grad = torch.autograd.grad(loss, x)[0]
+    assert loss.isnan()
+    assert grad.isnan().nonzero().tolist() == [[len(x) - 1, 499]]
+
+
+@pytest.mark.parametrize("logit", [100.0, 3e38, float("inf")])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+@pytest.mark.parametrize("few", [True, False])
+def test_logits_whose_exponential_is_infinite(logit: float, label: float, few: bool) -> None:
+    """A block with one goes the longer way; the limit's loss and slope, and the others' as without it."""
+    x, y = batch() if few else crowded()
+    y[3, 4] = label
+    rest = torch.autograd.grad(bf.sigmoid_focal_loss(x, y, reduction="sum", backend="eager"), x)[0]
+    for sign in (1, -1):
+        with torch.no_grad():
+            x[3, 4] = sign * logit
+        loss = bf.sigmoid_focal_loss(x, y, reduction="none", backend="eager")
+        total = bf.sigmoid_focal_loss(x, y, reduction="sum", backend="eager")
+        grad = torch.autograd.grad(total, x)[0]
+        wrong = (label == 0) == (sign == 1)
+        weight = 0.25 if label else 0.75
+        assert loss[3, 4].item() == (torch.tensor(weight) * logit if wrong else 0)
+        assert total.isinf() == (wrong and logit == torch.inf)
+        expected = torch.tensor((weight if label == 0 else -weight) if wrong else 0.0)
+        torch.testing.assert_close(grad[3, 4], expected)
+        others = torch.ones_like(y, dtype=torch.bool)
+        others[3, 4] = False
+        torch.testing.assert_close(grad[others], rest[others], rtol=1e-5, atol=1e-9)

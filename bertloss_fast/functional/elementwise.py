@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops.blocks import has_soft_labels
+from ..ops.blocks import NotProbabilitiesError, has_soft_labels
 from ..ops.few_labels import find_few
 from ..ops.sigmoid import sigmoid_loss
 from ..ops.upstream import UpstreamMemory
@@ -44,6 +44,8 @@ class Options(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(Options.__annotations__)
+# The backends that look at labels while they compute.
+_LOOKING = ("eager", "inductor")
 
 
 def elementwise_loss(
@@ -60,9 +62,15 @@ def elementwise_loss(
     """A loss of one logit and one label, on inputs and params that are checked."""
     names = ("input", "target") if as_torch else ("inputs", "targets")
     spec, operands = prepare(
-        formula, params, inputs, targets, reduction, options, alpha=alpha, names=names, as_torch=as_torch
+        formula, params, inputs, targets, reduction, options, alpha=alpha, names=names, as_torch=as_torch, later=True
     )
-    return compute(spec, operands, options)
+    try:
+        return compute(spec, operands, options)
+    except NotProbabilitiesError:
+        assert operands.targets is not None
+        check_probabilities(names[1], operands.targets, options.get("ignore_index"), options.get("mask"))
+        # What is none does not count.
+        return compute(spec._replace(soft=True), operands, options)
 
 
 def compute(spec: Spec, operands: Operands, options: Options) -> Tensor:
@@ -85,10 +93,12 @@ def prepare(
     names: tuple[str, str] = ("inputs", "targets"),
     as_torch: bool = False,
     in_chunks: bool = False,
+    later: bool = False,
 ) -> tuple[Spec, Operands]:
     """A call's arguments, checked; ``as_torch`` has broadcast weights and dtypes of torch's losses.
 
-    Of a call that goes in chunks nobody needs to know where the whole has its labels.
+    Of a call that goes in chunks nobody needs to know where the whole has its labels. Whether many labels are
+    probabilities can be told ``later`` than here.
     """
     if not _OPTIONS.issuperset(options):
         unknown = next(name for name in options if name not in _OPTIONS)
@@ -100,7 +110,8 @@ def prepare(
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
     soft, places = None, None
     if dense is not None and dispatch.can_check_values(dense.device):
-        soft, places = (has_soft_labels(dense), None) if in_chunks else find_few(dense)
+        later = later and dispatch.resolve(options.get("backend"), dense.device) in _LOOKING
+        soft, places = (has_soft_labels(dense), None) if in_chunks else find_few(dense, later=later)
         if soft and not as_torch:
             check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)

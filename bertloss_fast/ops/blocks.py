@@ -11,7 +11,7 @@ Block = tuple[slice, slice]
 
 # Elements that one thread works on at a time. Half as many are better in a cache of a core's own, but then what a block
 # costs in Python counts for more.
-_BLOCK = 131072
+_BLOCK = 196608
 
 
 def block_size(tensor: Tensor) -> int:
@@ -30,22 +30,30 @@ def blocks(matrix: Tensor) -> Iterator[Block]:
             yield slice(row, min(row + row_step, rows)), slice(col, min(col + col_step, cols))
 
 
-def has_soft_labels(targets: Tensor) -> bool:
-    """Whether the longer formula is needed: a label other than 0 and 1, or the derivative by one, or no free look."""
+class NotProbabilitiesError(ValueError):
+    """A label that is not from 0 to 1, seen by a look at hard ones."""
+
+
+def has_soft_labels(targets: Tensor, *, strict: bool = False) -> bool:
+    """Whether the longer formula is needed: a label other than 0 and 1, or the derivative by one, or no free look.
+
+    A ``strict`` look raises :class:`NotProbabilitiesError`.
+    """
     if not targets.is_floating_point() or targets.numel() == 0:
         return False
     if targets.requires_grad or targets.device.type != "cpu":
         return True
-    if targets.numel() < 8192:
+    if targets.numel() < 8192 and not strict:
         return not torch.equal(targets * targets, targets)
     whole = not targets.is_contiguous()
     parts = (targets,) if whole else torch.split(targets.view(-1), block_size(targets))
     room = torch.empty_like(parts[0])
-    return any(_has_values_between(part, room) for part in parts)
+    return any(_has_values_between(part, room[: len(part)], strict) for part in parts)
 
 
-def _has_values_between(targets: Tensor, room: Tensor) -> bool:
+def _has_values_between(targets: Tensor, room: Tensor, strict: bool) -> bool:
     # As y * y == y, three times as fast on a large tensor; NaN is not 0 either.
-    of_part = room if targets.shape == room.shape else None
-    low, high = torch.addcmul(targets, targets, targets, value=-1, out=of_part).aminmax()
-    return not low.item() == high.item() == 0
+    low, high = (value.item() for value in torch.addcmul(targets, targets, targets, value=-1, out=room).aminmax())
+    if strict and not low >= 0:
+        raise NotProbabilitiesError
+    return not low == high == 0

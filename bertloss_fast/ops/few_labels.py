@@ -25,7 +25,7 @@ _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)  # torch gathers nothi
 class Found(NamedTuple):
     """What a look at dense targets tells."""
 
-    soft: bool  # whether any is other than 0 and 1
+    soft: bool | None  # whether any is other than 0 and 1; None for the look at each block to tell
     places: Tensor | None  # as in ``Operands``
 
 
@@ -46,10 +46,15 @@ class FewLabels(NamedTuple):
             yield block, part, of_block
 
 
-def find_few(targets: Tensor) -> Found:
-    """A look at dense targets; not to be asked for where it would wait for a device."""
+def find_few(targets: Tensor, *, later: bool = False) -> Found:
+    """A look at dense targets; not to be asked for where it would wait for a device.
+
+    Whether many labels are soft can be left for ``later``, when blocks are in the cache.
+    """
     plain = targets.__class__ in (Tensor, Parameter) and targets.device.type == "cpu" and not targets.requires_grad
     places = _places(targets) if plain else None
+    if later and plain and places is None and targets.numel() > block_size(targets) and targets.is_floating_point():
+        return Found(None, None)
     return Found(has_soft_labels(targets if places is None else torch.take(targets, places)), places)
 
 

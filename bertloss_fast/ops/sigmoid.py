@@ -44,10 +44,22 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
     inputs = operands.inputs
     if backend == "inductor":
         operands = with_dense_targets(operands)
+        if spec.soft is None and dispatch.can_check_values(inputs.device) and inputs.device.type == "cpu":
+            return _of_labels_unseen(spec, operands, memory)
     if spec.formula in _SHORT and backend == "eager" and inputs.device.type == "cpu" and inputs.numel() <= _SMALL:
         operands = with_dense_targets(operands)
         return reference.loss(spec, operands, soft=_is_soft(spec, cast(Tensor, operands.targets)))
     return compute_loss(FAMILY, spec, operands, backend, memory)
+
+
+def _of_labels_unseen(spec: Spec, operands: Operands, memory: UpstreamMemory | None) -> Tensor:
+    """By inductor: the pass of hard labels tells whether they are, but not of each loss."""
+    targets = cast(Tensor, operands.targets)
+    if spec.reduction != "none" and targets.is_floating_point() and not targets.requires_grad:
+        loss = compute_loss(FAMILY, spec._replace(soft=False, guarded=True), operands, "inductor", memory)
+        if not loss.isnan():
+            return loss
+    return compute_loss(FAMILY, spec._replace(soft=_is_soft(spec, targets)), operands, "inductor", memory)
 
 
 def _is_soft(spec: Spec, targets: Tensor) -> bool:
@@ -56,7 +68,7 @@ def _is_soft(spec: Spec, targets: Tensor) -> bool:
         return spec.soft
     if not targets.is_floating_point() or dispatch.needs_plain_operations():
         return targets.is_floating_point()
-    return has_soft_labels(targets)
+    return has_soft_labels(targets, strict=spec.formula != "bce")
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
@@ -103,6 +115,9 @@ def _one_pass(spec: Spec, operands: Operands, upstream: Tensor, wanted: Wanted) 
     """The closed forms, for a compiler."""
     soft = cast(Tensor, operands.targets).is_floating_point() and spec.soft is not False
     values, slopes = reference.elementwise(spec, operands, soft=soft, slope=wanted.inputs)
+    if spec.guarded:
+        targets = cast(Tensor, operands.targets)
+        values = torch.where(targets * targets == targets, values, math.nan)
     count = reference.denominator(spec, operands)
     loss = values if spec.reduction == "none" else values.sum() / count
     return loss, Gradients(None if slopes is None else (slopes * (upstream / count)).to(operands.inputs.dtype))
@@ -280,16 +295,15 @@ def _eager_blocks(
 
     def compute(block: Block, part: Operands, others: Tensor | None = None) -> None:
         """Of zeros alone where ``others`` are left out."""
-        zeros = others is not None
         out = None if grad is None else grad[block]
-        if room is not None and (zeros or not _is_soft(spec, cast(Tensor, part.targets))):
+        if room is not None:
             found = few_passes.elementwise(
                 spec, part, room, scale=cast(float, scale), upstream=upstream, others=others, out=out
             )
             if found is not None:
                 return keep(found.values, block, found.times, found.total)
         of_part = scale[block] if isinstance(scale, Tensor) else scale
-        values, _ = _eager_block(spec, part, of_part, upstream, grad is not None, zeros=zeros, out=out)
+        values, _ = _eager_block(spec, part, of_part, upstream, grad is not None, zeros=others is not None, out=out)
         if others is not None:
             values.put_(others, values.new_zeros(others.shape))
         return keep(values, block)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from types import NoneType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -81,11 +81,13 @@ def elementwise(
 ) -> Losses | None:
     """As ``sigmoid.elementwise``, of targets that are 0 and 1, or not there if all are 0; ``out`` takes the slopes.
 
-    Losses of the ``others``, counted row after row, are 0. None where a loss is not finite, or a logit so large that e
-    to it is not: for these the formula is another one.
+    Losses of the ``others``, counted row after row, are 0. None where these formulas do not hold: of a label between 0
+    and 1, a loss that is not finite, or a logit so large that e to it is not.
     """
     x = room.in_float("x", operands.inputs)
     y = None if operands.targets is None else room.in_float("y", operands.targets)
+    if y is not None and not _are_hard(spec, operands, y, room):
+        return None
     v = x if y is None else _flip(x, y, room.of("v", x))
     values, q = _softplus_and_sigmoid(v, room, precise=operands.inputs.dtype == torch.float32)
     number = scale if spec.alpha is None else (1 - spec.alpha) * scale
@@ -116,6 +118,13 @@ def elementwise(
         if slope is not out:
             out.copy_(slope)
     return Losses(values, times, total / times)
+
+
+def _are_hard(spec: Spec, operands: Operands, y: Tensor, room: Room) -> bool:
+    if spec.soft is not None or not cast(Tensor, operands.targets).is_floating_point():
+        return not spec.soft
+    low, high = torch.addcmul(y, y, y, value=-1, out=room.of("factor", y)).aminmax()
+    return bool(low.item() == high.item() == 0)
 
 
 def _softplus_and_sigmoid(v: Tensor, room: Room, *, precise: bool) -> tuple[Tensor, Tensor]:

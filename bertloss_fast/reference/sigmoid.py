@@ -22,6 +22,7 @@ class Spec(NamedTuple):
     compute_dtype: torch.dtype
     loss_dtype: torch.dtype
     soft: bool | None = None  # whether targets are other than 0 and 1; None where nobody has looked
+    guarded: bool = False  # whether the loss of a compiler's hard formula is to be NaN of other targets
 
 
 class Operands(NamedTuple):
