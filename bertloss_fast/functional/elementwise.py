@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops.blocks import NotProbabilitiesError, has_soft_labels
+from ..ops.blocks import NotProbabilitiesError, block_size, has_soft_labels
 from ..ops.few_labels import find_few
 from ..ops.sigmoid import sigmoid_loss
 from ..ops.upstream import UpstreamMemory
@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(Options.__annotations__)
+Look = Literal["early", "late", "chunks"]
 # The backends that look at labels while they compute.
 _LOOKING = ("eager", "inductor")
 
@@ -62,15 +63,13 @@ def elementwise_loss(
     """A loss of one logit and one label, on inputs and params that are checked."""
     names = ("input", "target") if as_torch else ("inputs", "targets")
     spec, operands = prepare(
-        formula, params, inputs, targets, reduction, options, alpha=alpha, names=names, as_torch=as_torch, later=True
+        formula, params, inputs, targets, reduction, options, alpha=alpha, names=names, as_torch=as_torch, look="late"
     )
     try:
         return compute(spec, operands, options)
     except NotProbabilitiesError:
-        assert operands.targets is not None
-        check_probabilities(names[1], operands.targets, options.get("ignore_index"), options.get("mask"))
-        # What is none does not count.
-        return compute(spec._replace(soft=True), operands, options)
+        check_probabilities(names[1], cast(Tensor, operands.targets))
+        raise
 
 
 def compute(spec: Spec, operands: Operands, options: Options) -> Tensor:
@@ -92,13 +91,13 @@ def prepare(
     alpha: float | Tensor | None = None,
     names: tuple[str, str] = ("inputs", "targets"),
     as_torch: bool = False,
-    in_chunks: bool = False,
-    later: bool = False,
+    look: Look = "early",
 ) -> tuple[Spec, Operands]:
     """A call's arguments, checked; ``as_torch`` has broadcast weights and dtypes of torch's losses.
 
-    Of a call that goes in chunks nobody needs to know where the whole has its labels. Whether many labels are
-    probabilities can be told ``later`` than here.
+    Labels are looked at: whether they are 0 and 1, or else probabilities. ``early`` is here, and where they are few it
+    is found out where. ``chunks`` of the call will not need to know. A ``late`` look leaves it to the operation, where
+    that has blocks and every label counts: it raises :class:`NotProbabilitiesError`.
     """
     if not _OPTIONS.issuperset(options):
         unknown = next(name for name in options if name not in _OPTIONS)
@@ -110,8 +109,9 @@ def prepare(
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
     soft, places = None, None
     if dense is not None and dispatch.can_check_values(dense.device):
+        later = look == "late" and ignore_index is None and mask is None and dense.numel() > block_size(dense)
         later = later and dispatch.resolve(options.get("backend"), dense.device) in _LOOKING
-        soft, places = (has_soft_labels(dense), None) if in_chunks else find_few(dense, later=later)
+        soft, places = (has_soft_labels(dense), None) if look == "chunks" else find_few(dense, later=later)
         if soft and not as_torch:
             check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)

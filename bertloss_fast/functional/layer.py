@@ -35,7 +35,7 @@ def call_of_labels(
     """A call, checked, of a loss whose labels stand for themselves."""
     layer, logits = as_layer(input, linear_weight, linear_bias, chunk_size)
     spec, operands = prepare(
-        formula, params, logits, target, reduction, options, alpha=alpha, names=(_LOGITS, "target"), in_chunks=True
+        formula, params, logits, target, reduction, options, alpha=alpha, names=(_LOGITS, "target"), look="chunks"
     )
     backend = dispatch.resolve(options.get("backend"), input.device)
     return Call("sigmoid", spec, operands, layer, backend, options.get("upstream_memory"))

@@ -31,29 +31,24 @@ def blocks(matrix: Tensor) -> Iterator[Block]:
 
 
 class NotProbabilitiesError(ValueError):
-    """A label that is not from 0 to 1, seen by a look at hard ones."""
+    """A label outside of 0 to 1."""
 
 
-def has_soft_labels(targets: Tensor, *, strict: bool = False) -> bool:
-    """Whether the longer formula is needed: a label other than 0 and 1, or the derivative by one, or no free look.
-
-    A ``strict`` look raises :class:`NotProbabilitiesError`.
-    """
+def has_soft_labels(targets: Tensor) -> bool:
+    """Whether the longer formula is needed: a label other than 0 and 1, or the derivative by one, or no free look."""
     if not targets.is_floating_point() or targets.numel() == 0:
         return False
     if targets.requires_grad or targets.device.type != "cpu":
         return True
-    if targets.numel() < 8192 and not strict:
+    if targets.numel() < 8192:
         return not torch.equal(targets * targets, targets)
-    whole = not targets.is_contiguous()
-    parts = (targets,) if whole else torch.split(targets.view(-1), block_size(targets))
+    parts = torch.split(targets.view(-1), block_size(targets)) if targets.is_contiguous() else (targets,)
     room = torch.empty_like(parts[0])
-    return any(_has_values_between(part, room[: len(part)], strict) for part in parts)
+    return any(spread(part, room[: len(part)]) != (0, 0) for part in parts)
 
 
-def _has_values_between(targets: Tensor, room: Tensor, strict: bool) -> bool:
-    # As y * y == y, three times as fast on a large tensor; NaN is not 0 either.
-    low, high = (value.item() for value in torch.addcmul(targets, targets, targets, value=-1, out=room).aminmax())
-    if strict and not low >= 0:
-        raise NotProbabilitiesError
-    return not low == high == 0
+def spread(targets: Tensor, out: Tensor | None = None) -> tuple[float, float]:
+    """The least and the greatest y - y * y: 0 of hard labels, less than 0 outside of 0 to 1, NaN of NaN."""
+    # Three times as fast on a large tensor as y * y == y.
+    low, high = torch.addcmul(targets, targets, targets, value=-1, out=out).aminmax()
+    return low.item(), high.item()

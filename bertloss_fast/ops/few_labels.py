@@ -8,11 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..reference.sigmoid import Operands
 from .blocks import Block, block_size, blocks, has_soft_labels
-from .operands import as_matrices, as_matrix, parts, single_elements
+from .operands import as_matrices, as_matrix, is_plain, parts, single_elements
 from .sparse import by_block, row_of_label
 
 # Few is at most one in so many: an element by itself costs as much as a dozen in a block.
@@ -49,13 +48,14 @@ class FewLabels(NamedTuple):
 def find_few(targets: Tensor, *, later: bool = False) -> Found:
     """A look at dense targets; not to be asked for where it would wait for a device.
 
-    Whether many labels are soft can be left for ``later``, when blocks are in the cache.
+    Whether many labels are soft can be left for ``later``, when each block is in the cache.
     """
-    plain = targets.__class__ in (Tensor, Parameter) and targets.device.type == "cpu" and not targets.requires_grad
-    places = _places(targets) if plain else None
-    if later and plain and places is None and targets.numel() > block_size(targets) and targets.is_floating_point():
-        return Found(None, None)
-    return Found(has_soft_labels(targets if places is None else torch.take(targets, places)), places)
+    if not is_plain(targets) or targets.requires_grad:
+        return Found(has_soft_labels(targets), None)
+    places = _places(targets)
+    if places is not None:
+        return Found(has_soft_labels(torch.take(targets, places)), places)
+    return Found(None if later and targets.is_floating_point() else has_soft_labels(targets), None)
 
 
 def _places(targets: Tensor) -> Tensor | None:

@@ -7,10 +7,16 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..reference.sigmoid import Operands
 from .blocks import Block, blocks
 from .sparse import dense, dense_blocks
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """A tensor on the CPU itself, whose memory any operation may be pointed at; no subclass that wraps some."""
+    return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu"
 
 
 def with_dense_targets(operands: Operands) -> Operands:

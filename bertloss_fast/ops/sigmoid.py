@@ -7,22 +7,18 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from ..reference import few_passes
 from ..reference import sigmoid as reference
-from ..reference.formulas import Result
-from ..reference.sigmoid import Operands, Spec, as_dtype
+from ..reference.sigmoid import Operands, Spec
 from . import dispatch
 from .autograd import compute_loss
-from .blocks import Block, block_size, has_soft_labels
 from .compiled import register
 from .families import Family, Gradients, Saved, Shape, Wanted
-from .few_labels import take_apart
 from .inductor import with_inductor
-from .operands import as_matrices, parts, rows_and_labels, with_dense_targets
+from .operands import as_matrices, with_dense_targets
 from .passes import denominator, is_counted
-from .upstream import Expected, UpstreamMemory, number_that_came
+from .sigmoid_eager import eager_backward, eager_forward, is_soft, room_for
+from .upstream import Expected, UpstreamMemory
 
 if dispatch.TRITON_ERROR is None:
     from ..kernels.elements import num_programs
@@ -31,8 +27,6 @@ if dispatch.TRITON_ERROR is None:
     from ..kernels.sigmoid import sigmoid_launcher
     from ..kernels.upstream import Upstream
     from .launch import expected_upstream, matrices, upstream_of
-
-Place = Block | tuple[Tensor, Tensor]
 
 # Formulas of so few operations that torch's autograd in C++ beats a Function in Python, which costs as much as ten.
 _SHORT = ("bce",)
@@ -44,31 +38,25 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
     inputs = operands.inputs
     if backend == "inductor":
         operands = with_dense_targets(operands)
-        if spec.soft is None and dispatch.can_check_values(inputs.device) and inputs.device.type == "cpu":
-            return _of_labels_unseen(spec, operands, memory)
+        can_look = inputs.device.type == "cpu" and not dispatch.needs_plain_operations()
+        if spec.soft is None and can_look and cast(Tensor, operands.targets).is_floating_point():
+            return _hard_unless_nan(spec, operands, memory)
     if spec.formula in _SHORT and backend == "eager" and inputs.device.type == "cpu" and inputs.numel() <= _SMALL:
         operands = with_dense_targets(operands)
-        return reference.loss(spec, operands, soft=_is_soft(spec, cast(Tensor, operands.targets)))
+        return reference.loss(spec, operands, soft=is_soft(spec, cast(Tensor, operands.targets)))
     return compute_loss(FAMILY, spec, operands, backend, memory)
 
 
-def _of_labels_unseen(spec: Spec, operands: Operands, memory: UpstreamMemory | None) -> Tensor:
-    """By inductor: the pass of hard labels tells whether they are, but not of each loss."""
+def _hard_unless_nan(spec: Spec, operands: Operands, memory: UpstreamMemory | None) -> Tensor:
+    """By inductor, of labels that nobody has looked at: its pass of hard labels tells, in the sum of the losses."""
     targets = cast(Tensor, operands.targets)
-    if spec.reduction != "none" and targets.is_floating_point() and not targets.requires_grad:
+    if spec.reduction != "none":
         loss = compute_loss(FAMILY, spec._replace(soft=False, guarded=True), operands, "inductor", memory)
-        if not loss.isnan():
+        if not (loss.isnan() and is_soft(spec, targets)):
             return loss
-    return compute_loss(FAMILY, spec._replace(soft=_is_soft(spec, targets)), operands, "inductor", memory)
-
-
-def _is_soft(spec: Spec, targets: Tensor) -> bool:
-    """Whether the longer formula is needed."""
-    if spec.soft is not None:
-        return spec.soft
-    if not targets.is_floating_point() or dispatch.needs_plain_operations():
-        return targets.is_floating_point()
-    return has_soft_labels(targets, strict=spec.formula != "bce")
+        del loss  # and its gradient, as large as the inputs
+        return compute_loss(FAMILY, spec._replace(soft=True), operands, "inductor", memory)
+    return compute_loss(FAMILY, spec._replace(soft=is_soft(spec, targets)), operands, "inductor", memory)
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
@@ -85,7 +73,7 @@ def _forward(
     room: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     count = denominator(spec, operands, backend)
-    forward = _triton_forward if backend == "triton" else _eager_forward
+    forward = _triton_forward if backend == "triton" else eager_forward
     loss, grad, note = forward(spec, operands, count, expected, wanted.inputs, room)
     return loss, Saved(Gradients(grad), note=note, denominator=count if isinstance(count, Tensor) else None)
 
@@ -99,7 +87,7 @@ def _backward(
     expected: Expected | None,
     wanted: Wanted,
 ) -> Gradients:
-    backward = _triton_backward if backend == "triton" else _eager_backward
+    backward = _triton_backward if backend == "triton" else eager_backward
     return Gradients(backward(spec, operands, saved, upstream, expected))
 
 
@@ -140,7 +128,7 @@ def _triton_forward(
     inputs = operands.inputs
     reduced = spec.reduction != "none"
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
-    grad = _room(inputs, room) if with_grad else None
+    grad = room_for(inputs, room) if with_grad else None
     upstream, note = expected_upstream(expected, grad)
     programs = num_programs(inputs, sparse=operands.targets is None)
     partials = inputs.new_empty(programs, dtype=spec.compute_dtype) if reduced else None
@@ -156,7 +144,7 @@ def _triton_backward(
     """The gradient; a launch that returns at once where it is written and what came was expected."""
     inputs = operands.inputs
     count = denominator(spec, operands, "triton") if saved.denominator is None else saved.denominator
-    grad = _room(inputs, saved.grads.inputs)
+    grad = room_for(inputs, saved.grads.inputs)
     if any(upstream.stride()):
         _launch(spec, operands, count, Upstream(), upstream, None, grad)
     else:
@@ -200,141 +188,4 @@ def _launch(
         smoothing=spec.smoothing,
         reduced=spec.reduction != "none",
         written=written,
-    )
-
-
-def _room(inputs: Tensor, room: Tensor | None) -> Tensor:
-    """For the gradient."""
-    return inputs.new_empty(inputs.shape) if room is None else room
-
-
-def _inverse(count: int | Tensor) -> float | Tensor:
-    """1 over the denominator, as a number where a look is free: it then goes into the class weights."""
-    number = count.item() if isinstance(count, Tensor) and count.device.type == "cpu" else count
-    return 1 / number if isinstance(number, Tensor) or number else math.inf
-
-
-def _eager_forward(
-    spec: Spec,
-    operands: Operands,
-    count: int | Tensor,
-    expected: Expected | None,
-    with_grad: bool,
-    room: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The closed forms of ``reference``, on the CPU block by block."""
-    inputs = operands.inputs
-    reduced = spec.reduction != "none"
-    scale = _inverse(count)
-    note = None if expected is None else expected.value  # once: another thread may put another in its place
-    upstream = None if note is None else note.item()
-    if inputs.numel() <= block_size(inputs):
-        values, slopes = _eager_block(spec, with_dense_targets(operands), scale, upstream, with_grad, out=room)
-        loss = values.sum() if reduced else values
-        return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype), note
-    grad = _room(inputs, room) if with_grad else None
-    loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
-    shape = rows_and_labels(inputs)
-    total = _eager_blocks(
-        spec,
-        operands,
-        scale,
-        upstream,
-        loss=None if reduced else loss.view(shape),
-        grad=None if grad is None else grad.view(shape),
-        summed=reduced,
-    )
-    return loss if total is None else loss.copy_(total), grad, note
-
-
-def _eager_backward(
-    spec: Spec, operands: Operands, saved: Saved, upstream: Tensor, expected: Expected | None
-) -> Tensor:
-    inputs = operands.inputs
-    number = number_that_came(upstream, expected)
-    if saved.is_written_for(number):
-        return cast(Tensor, saved.grads.inputs)
-    count = denominator(spec, operands, "eager") if saved.denominator is None else saved.denominator
-    scale: float | Tensor = _inverse(count)
-    if number is None:
-        scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale
-    if inputs.numel() <= block_size(inputs):
-        operands = with_dense_targets(operands)
-        return as_dtype(cast(Tensor, _eager_block(spec, operands, scale, number, True)[1]), inputs.dtype)
-    shape = rows_and_labels(inputs)
-    grad = _room(inputs, saved.grads.inputs)
-    scale = scale.reshape(shape) if isinstance(scale, Tensor) else scale
-    # What is written is not what autograd saved for a second use: its version stays.
-    with _unsafe_preserve_version_counter(grad):
-        _eager_blocks(spec, operands, scale, number, grad=grad.view(shape))
-    return grad
-
-
-def _eager_blocks(
-    spec: Spec,
-    operands: Operands,
-    scale: float | Tensor,
-    upstream: float | None,
-    *,
-    loss: Tensor | None = None,
-    grad: Tensor | None = None,
-    summed: bool = False,
-) -> Tensor | None:
-    """Losses and gradients, written to the matrices that are given; the sum of the losses where it is ``summed``.
-
-    ``scale`` is a matrix, if it is a tensor.
-    """
-    sums: list[Tensor] = []
-    room = few_passes.Room() if few_passes.is_served(spec, operands, scale) else None
-
-    def keep(values: Tensor, place: Place, times: float = 1.0, total: Tensor | None = None) -> None:
-        if summed:
-            sums.append(values.sum() if total is None else total)
-        if loss is not None:
-            loss[place] = as_dtype(values if times == 1 else values / times, loss.dtype)
-
-    def compute(block: Block, part: Operands, others: Tensor | None = None) -> None:
-        """Of zeros alone where ``others`` are left out."""
-        out = None if grad is None else grad[block]
-        if room is not None:
-            found = few_passes.elementwise(
-                spec, part, room, scale=cast(float, scale), upstream=upstream, others=others, out=out
-            )
-            if found is not None:
-                return keep(found.values, block, found.times, found.total)
-        of_part = scale[block] if isinstance(scale, Tensor) else scale
-        values, _ = _eager_block(spec, part, of_part, upstream, grad is not None, zeros=others is not None, out=out)
-        if others is not None:
-            values.put_(others, values.new_zeros(others.shape))
-        return keep(values, block)
-
-    few = take_apart(operands)
-    if few is None:
-        for block, part in parts(operands):
-            compute(block, part)
-    else:
-        for block, part, of_block in few.blocks():
-            compute(block, part, of_block)
-        place = few.rows, few.cols
-        of_others = scale[place].unsqueeze(1) if isinstance(scale, Tensor) else scale
-        values, slopes = _eager_block(spec, few.others, of_others, upstream, grad is not None)
-        keep(values.squeeze(1), place)
-        if grad is not None and slopes is not None:
-            grad[place] = as_dtype(slopes.squeeze(1), grad.dtype)
-    return torch.stack(sums).sum() if summed else None
-
-
-def _eager_block(
-    spec: Spec,
-    operands: Operands,
-    scale: float | Tensor,
-    upstream: float | None,
-    with_grad: bool,
-    *,
-    zeros: bool = False,
-    out: Tensor | None = None,
-) -> Result:
-    soft = not zeros and _is_soft(spec, cast(Tensor, operands.targets))
-    return reference.elementwise(
-        spec, operands, scale=scale, upstream=upstream, soft=soft, zeros=zeros, slope=with_grad, out=out
     )

@@ -2,7 +2,7 @@
 
 The mathematics is that of ``kernels/formulas.py``: v = (1 - 2y) x for the hard label nearest to y, q = sigmoid(v) the
 probability of the wrong label and p = sigmoid(-v) that of the right one. Neither is taken as 1 minus the other, so both
-keep their relative accuracy, but in :func:`_focal_in_few_passes`, which can do without. Autograd through the values is
+keep their relative accuracy, but in :func:`_focal_by_lerp`, which can do without. Autograd through the values is
 right to second order at any finite logit; at an infinite one it multiplies 0 by infinity, and only the slopes that are
 spelled out here give the limit.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 # In float32 that costs the focal loss's slope 0.9e-6 times gamma at most, and it is to be right to 2e-6.
-_LARGEST_OF_FEW_PASSES = 2.0
+LARGEST_GAMMA_BY_LERP = 2.0
 # Beyond it softplus is the identity: at 20, torch's default, that costs a double its last digits.
 _LINEAR = 40.0
 
@@ -66,8 +66,8 @@ def poly(
     """``factor`` times poly-1 on the focal loss, and its slope in v."""
     of = _logistic(v, slope)
     plain = label.soft is None and label.share is None and not epsilon
-    if slope and plain and of.counts_passes and 0 < gamma <= _LARGEST_OF_FEW_PASSES:
-        return _focal_in_few_passes(of, factor, gamma)
+    if slope and plain and not of.is_compiled and 0 < gamma <= LARGEST_GAMMA_BY_LERP:
+        return _focal_by_lerp(of, factor, gamma)
     ce = _cross_entropy(v, of.softplus(), label)
     q, p = of.sigmoid(), of.sigmoid_of_minus()
     if label.soft is None:
@@ -92,7 +92,7 @@ def poly(
     return loss, growth.mul_(modulation)
 
 
-def _focal_in_few_passes(of: _Torchs | _OfOneExponential, factor: Factor, gamma: float) -> Result:
+def _focal_by_lerp(of: _Torchs | _OfOneExponential, factor: Factor, gamma: float) -> Result:
     """The focal loss of hard labels, and its slope modulation * (gamma * p * ce + q), where passes are what costs.
 
     In the slope p is 1 - q, which is off by up to gamma * ln(1 / p) / 2 units in q's last place.
@@ -217,7 +217,7 @@ def softplus_of(v: Tensor) -> Tensor:
 class _Torchs:
     """Sigmoid and softplus of v and of -v as torch has them: on the CPU its fastest, and differentiable."""
 
-    counts_passes = True
+    is_compiled = False
 
     def __init__(self, v: Tensor) -> None:
         self._v = v
@@ -238,7 +238,7 @@ class _Torchs:
 class _OfOneExponential:
     """The same for a compiler, which drops what nobody asks for. Not for autograd: it has no derivative at v = 0."""
 
-    counts_passes = False
+    is_compiled = True
 
     def __init__(self, v: Tensor) -> None:
         e = torch.exp(-v.abs())

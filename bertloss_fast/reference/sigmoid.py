@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .formulas import FORMULAS, Factor, Label, Result, Soft, Values, gradient_bin, weighted
 
+# A smaller alpha loses its digits where it is made of 1 - alpha.
+LEAST_ALPHA_OF_A_LINE = 0.1
+
 
 class Spec(NamedTuple):
     """What a loss is, apart from its tensors."""
@@ -22,7 +25,7 @@ class Spec(NamedTuple):
     compute_dtype: torch.dtype
     loss_dtype: torch.dtype
     soft: bool | None = None  # whether targets are other than 0 and 1; None where nobody has looked
-    guarded: bool = False  # whether the loss of a compiler's hard formula is to be NaN of other targets
+    guarded: bool = False  # for a compiler, whose pass the spec is the key of: other targets make the loss NaN
 
 
 class Operands(NamedTuple):
@@ -96,9 +99,8 @@ def _class_weight(spec: Spec, operands: Operands, y: Tensor | None, number: floa
     of_positive, of_negative = spec.alpha * number, (1 - spec.alpha) * number
     if y is None:
         return of_negative
-    if spec.alpha >= 0.1:
+    if spec.alpha >= LEAST_ALPHA_OF_A_LINE:
         return torch.rsub(y, of_negative, alpha=of_negative - of_positive)
-    # A smaller alpha would lose its digits to that sum.
     return y * of_positive + (1 - y) * of_negative
 
 
