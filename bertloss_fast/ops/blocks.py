@@ -48,7 +48,7 @@ def has_soft_labels(targets: Tensor) -> bool:
 
 
 def spread(targets: Tensor, out: Tensor | None = None) -> tuple[float, float]:
-    """The least and the greatest y - y * y: 0 of hard labels, less than 0 outside of 0 to 1, NaN of NaN."""
+    """The least and the greatest y - y * y: 0 of hard labels, less than 0 outside of 0 to 1, NaN of NaN and inf."""
     # Three times as fast on a large tensor as y * y == y.
     low, high = torch.addcmul(targets, targets, targets, value=-1, out=out).aminmax()
     return low.item(), high.item()

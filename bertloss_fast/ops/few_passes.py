@@ -65,7 +65,9 @@ class FewPasses:
             served = not has_alpha
         else:
             served = spec.formula == "focal" and spec.params[0] in _GAMMAS
-            served = served and not (has_alpha and not LEAST_ALPHA_OF_A_LINE <= cast(float, spec.alpha) <= 0.9)
+            served = served and not (
+                has_alpha and not LEAST_ALPHA_OF_A_LINE <= cast(float, spec.alpha) <= 1 - LEAST_ALPHA_OF_A_LINE
+            )
         if (
             not served
             or isinstance(scale, Tensor)
@@ -151,7 +153,8 @@ class FewPasses:
 
 def clear(values: Tensor, offsets: Tensor) -> None:
     """0 where ``offsets`` are, counted row after row."""
-    values.put_(offsets, values.new_zeros(offsets.shape))
+    width = values.shape[1]
+    values.index_put_((offsets // width, offsets % width), values.new_zeros(()))  # put_ is called not deterministic
 
 
 def _flip(values: Tensor, y: Tensor, out: Tensor) -> Tensor:

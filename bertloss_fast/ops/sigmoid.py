@@ -105,7 +105,7 @@ def _one_pass(spec: Spec, operands: Operands, upstream: Tensor, wanted: Wanted) 
     values, slopes = reference.elementwise(spec, operands, soft=soft, slope=wanted.inputs)
     if spec.guarded:
         targets = cast(Tensor, operands.targets)
-        values = torch.where(targets * targets == targets, values, math.nan)
+        values = torch.where(targets - targets * targets == 0, values, math.nan)
     count = reference.denominator(spec, operands)
     loss = values if spec.reduction == "none" else values.sum() / count
     return loss, Gradients(None if slopes is None else (slopes * (upstream / count)).to(operands.inputs.dtype))

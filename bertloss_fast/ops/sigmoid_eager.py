@@ -36,7 +36,7 @@ def is_soft(spec: Spec, targets: Tensor, scratch: Scratch | None = None) -> bool
     if targets.requires_grad or targets.device.type != "cpu" or not targets.numel():
         return bool(targets.numel())
     low, high = spread(targets, None if scratch is None else scratch.of("factor", targets, targets.dtype))
-    if low < 0 and spec.formula not in _OF_ANY_LABEL:
+    if spec.formula not in _OF_ANY_LABEL and (low < 0 or (math.isnan(low) and targets.isinf().any())):
         raise NotProbabilitiesError
     return not low == high == 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .formulas import FORMULAS, Factor, Label, Result, Soft, Values, gradient_bin, weighted
 
 # A smaller alpha loses its digits where it is made of 1 - alpha.
-LEAST_ALPHA_OF_A_LINE = 0.1
+LEAST_ALPHA_OF_A_LINE = 0.2
 
 
 class Spec(NamedTuple):
