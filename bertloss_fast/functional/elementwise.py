@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops.blocks import NotProbabilitiesError, block_size, has_soft_labels
+from ..ops.blocks import NotProbabilitiesError, has_soft_labels, is_one_block
 from ..ops.few_labels import find_few
 from ..ops.sigmoid import sigmoid_loss
 from ..ops.upstream import UpstreamMemory
@@ -109,9 +109,12 @@ def prepare(
     dense, crow, col = as_targets(targets_name, targets, inputs_name, inputs, ignore_index, mask)
     soft, places = None, None
     if dense is not None and dispatch.can_check_values(dense.device):
-        later = look == "late" and ignore_index is None and mask is None and dense.numel() > block_size(dense)
-        later = later and dispatch.resolve(options.get("backend"), dense.device) in _LOOKING
-        soft, places = (has_soft_labels(dense), None) if look == "chunks" else find_few(dense, later=later)
+        if look == "chunks" or is_one_block(dense):
+            soft = has_soft_labels(dense)
+        else:
+            later = look == "late" and ignore_index is None and mask is None
+            later = later and dispatch.resolve(options.get("backend"), dense.device) in _LOOKING
+            soft, places = find_few(dense, later=later)
         if soft and not as_torch:
             check_probabilities(targets_name, dense, ignore_index, mask)
     check_reduction(reduction)

@@ -19,6 +19,10 @@ def block_size(tensor: Tensor) -> int:
     return _BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else max(tensor.numel(), 1)
 
 
+def is_one_block(tensor: Tensor) -> bool:
+    return tensor.numel() <= _BLOCK or tensor.numel() <= block_size(tensor)  # which asks for the number of threads
+
+
 def blocks(matrix: Tensor) -> Iterator[Block]:
     """Rectangles of rows and columns that cover a matrix: whole rows where they about fit, else equal parts of one."""
     rows, cols = matrix.shape

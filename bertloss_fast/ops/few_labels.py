@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sigmoid import Operands
-from .blocks import Block, block_size, blocks, has_soft_labels
+from .blocks import Block, blocks, has_soft_labels, is_one_block
 from .operands import as_matrices, as_matrix, is_plain, parts, single_elements
 from .sparse import by_block, row_of_label
 
@@ -59,7 +59,7 @@ def find_few(targets: Tensor, *, later: bool = False) -> Found:
 
 
 def _places(targets: Tensor) -> Tensor | None:
-    if targets.numel() <= block_size(targets) or targets.dtype in _NOT_INDEXED:
+    if is_one_block(targets) or targets.dtype in _NOT_INDEXED:
         return None
     matrix = as_matrix(targets, targets)
     assert matrix is not None

@@ -17,7 +17,7 @@ from ..reference.formulas import LARGEST_GAMMA_BY_LERP
 from ..reference.sigmoid import LEAST_ALPHA_OF_A_LINE, Operands, Spec
 from .operands import is_plain
 
-Slot = Literal["x", "y", "v", "q", "losses", "factor"]
+Slot = Literal["v", "y", "q", "losses", "factor"]
 
 _LOG2_E = math.log2(math.e)
 # Where q ** gamma is one product.
@@ -87,7 +87,7 @@ class FewPasses:
         Targets are 0 and 1, or absent if all count as 0; losses that are ``left_out``, counted row after row, are 0.
         None, with nothing written, where a loss is not finite or e to a logit is not: these formulas do not hold there.
         """
-        x = self._in_float("x", part.inputs)
+        x = self._in_float("v", part.inputs)
         y = None if part.targets is None else self._in_float("y", part.targets)
         v = x if y is None else _flip(x, y, self._of("v", x))
         losses, q = self._softplus_and_sigmoid(v, precise=part.inputs.dtype == torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference import sigmoid as reference
 from ..reference.sigmoid import Operands, Spec
 from . import dispatch
-from .blocks import block_size, has_soft_labels
+from .blocks import has_soft_labels, is_one_block
 from .operands import as_matrices, parts, with_dense_targets
 from .sparse import row_of_label
 
@@ -102,7 +102,7 @@ def _row_sums(spec: Spec, operands: Operands, weights: Tensor) -> Tensor:
         if operands.mask is not None:
             values = torch.where(operands.mask.reshape(len(crow) - 1, -1)[row, col], values, 0)
         return weights.new_zeros(len(crow) - 1).index_add(0, row, values).reshape(inputs.shape[:-1])
-    if dispatch.needs_plain_operations() or inputs.numel() <= block_size(inputs):
+    if dispatch.needs_plain_operations() or is_one_block(inputs):
         return _dense_row_sums(spec, operands, weights)
     sums = weights.new_zeros(inputs.shape[:-1].numel())
     for (rows, labels), part in parts(operands):
@@ -164,7 +164,7 @@ def _histogram(spec: Spec, operands: Operands, bins: int, backend: str) -> Tenso
 
 def _blocks(operands: Operands) -> Iterator[Operands]:
     """The call in parts that stay in the cache, with dense targets."""
-    if operands.inputs.numel() <= block_size(operands.inputs):
+    if is_one_block(operands.inputs):
         yield with_dense_targets(operands)
         return
     for _, part in parts(operands):

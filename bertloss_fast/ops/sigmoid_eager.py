@@ -13,7 +13,7 @@ from ..reference import sigmoid as reference
 from ..reference.formulas import Result
 from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
-from .blocks import Block, NotProbabilitiesError, block_size, spread
+from .blocks import Block, NotProbabilitiesError, is_one_block, spread
 from .families import Saved
 from .few_labels import take_apart
 from .few_passes import FewPasses, Scratch, clear
@@ -66,7 +66,7 @@ def eager_forward(
     scale = _inverse(count)
     note = None if expected is None else expected.value  # once: another thread may put another in its place
     upstream = None if note is None else note.item()
-    if inputs.numel() <= block_size(inputs):
+    if is_one_block(inputs):
         values, slopes = _whole(spec, with_dense_targets(operands), scale, upstream, with_grad, out=room)
         loss = values.sum() if reduced else values
         return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype), note
@@ -94,7 +94,7 @@ def eager_backward(spec: Spec, operands: Operands, saved: Saved, upstream: Tenso
     scale: float | Tensor = _inverse(count)
     if number is None:
         scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale
-    if inputs.numel() <= block_size(inputs):
+    if is_one_block(inputs):
         operands = with_dense_targets(operands)
         return as_dtype(cast(Tensor, _whole(spec, operands, scale, number, True)[1]), inputs.dtype)
     shape = rows_and_labels(inputs)
