@@ -79,6 +79,14 @@ def test_what_the_peers_move_by_is_the_spread(noisy, changes):
     assert [change.what for change in compare(Results({}, old), Results({}, new))] == changes
 
 
+def test_a_median_alone_does_not_tell():
+    old, new = _run_of(TIME, eager=1.0), _run_of(TIME, eager=1.0)
+    old.rows[0].seconds, new.rows[0].seconds = Quartiles(1.0, 1.0, 1.1), Quartiles(1.2, 1.6, 1.7)
+    assert compare(old, new) == []
+    new.rows[0].seconds = Quartiles(1.5, 1.6, 1.7)
+    assert [change.what for change in compare(old, new)] == ["1.50 times the time"]
+
+
 def test_the_command_compares_two_files(tmp_path, capsys):
     files = []
     for number, time in enumerate((1.0, 1.0, 1.5)):
