@@ -8,7 +8,7 @@ few places, and results overwrite what is no longer needed.
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,14 +60,12 @@ class FewPasses:
     ) -> FewPasses | None:
         """None of other losses, and with options that these have no formulas for."""
         options = (operands.alpha, operands.weight, operands.pos_weight, operands.sample_weight, operands.mask)
-        has_alpha = spec.alpha is not None
         if spec.formula == "bce":
-            served = not has_alpha
+            served = spec.alpha is None
         else:
             served = spec.formula == "focal" and spec.params[0] in _GAMMAS
-            served = served and not (
-                has_alpha and not LEAST_ALPHA_OF_A_LINE <= cast(float, spec.alpha) <= 1 - LEAST_ALPHA_OF_A_LINE
-            )
+            if spec.alpha is not None:
+                served = served and LEAST_ALPHA_OF_A_LINE <= spec.alpha <= 1 - LEAST_ALPHA_OF_A_LINE
         if (
             not served
             or isinstance(scale, Tensor)

@@ -50,13 +50,13 @@ def sigmoid_loss(spec: Spec, operands: Operands, backend: str, memory: UpstreamM
 def _hard_unless_nan(spec: Spec, operands: Operands, memory: UpstreamMemory | None) -> Tensor:
     """By inductor, of labels that nobody has looked at: its pass of hard labels tells, in the sum of the losses."""
     targets = cast(Tensor, operands.targets)
-    if spec.reduction != "none":
-        loss = compute_loss(FAMILY, spec._replace(soft=False, guarded=True), operands, "inductor", memory)
-        if not (loss.isnan() and is_soft(spec, targets)):
-            return loss
-        del loss  # and its gradient, as large as the inputs
-        return compute_loss(FAMILY, spec._replace(soft=True), operands, "inductor", memory)
-    return compute_loss(FAMILY, spec._replace(soft=is_soft(spec, targets)), operands, "inductor", memory)
+    if spec.reduction == "none":
+        return compute_loss(FAMILY, spec._replace(soft=is_soft(spec, targets)), operands, "inductor", memory)
+    loss = compute_loss(FAMILY, spec._replace(soft=False, guarded=True), operands, "inductor", memory)
+    if not (loss.isnan() and is_soft(spec, targets)):
+        return loss
+    del loss  # and its gradient, as large as the inputs
+    return compute_loss(FAMILY, spec._replace(soft=True), operands, "inductor", memory)
 
 
 def _plain(spec: Spec, operands: Operands) -> Tensor:
