@@ -13,6 +13,7 @@ from torch import Tensor
 
 import bertloss_fast as bf
 from bertloss_fast.ops import dispatch
+from bertloss_fast.ops.blocks import are_hard
 from bertloss_fast.ops.few_labels import find_few
 from bertloss_fast.ops.few_passes import FewPasses
 
@@ -24,7 +25,7 @@ BLOCKS, ROWS, LABELS = 4, 8, 40
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", ROWS * LABELS // threads)
-    for module in ("small", "sigmoid"):
+    for module in ("small", "sigmoid", "few_passes"):
         monkeypatch.setattr(f"bertloss_fast.ops.{module}._SMALL", 0)
     assert ROWS * LABELS % threads == 0
 
@@ -102,6 +103,33 @@ def test_what_is_served(case: str, dtype: torch.dtype, labels: str, served: list
         call, oracle = calls(case, reduction="none")
         assert_right(call, oracle, x, y, given)
     assert all(served)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_call_of_one_block(
+    case: str, dtype: torch.dtype, reduction: str, served: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", 1 << 20)
+    x, y = batch(dtype)
+    call, oracle = calls(case, reduction=reduction)
+    for shape in (x.shape, (BLOCKS, ROWS, LABELS)):
+        of_shape, labels = x.detach().view(shape).requires_grad_(), y.view(shape)
+        assert_right(call, oracle, of_shape, labels, labels, factor=0.3125)
+    # A forward, and a backward for another upstream; not for one that is a tensor.
+    assert served == [True] * (4 if reduction == "mean" else 2)
+    served.clear()
+    call(torch.full((2, 3), torch.inf, requires_grad=True), torch.ones(2, 3)).sum().backward()
+    assert served == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hard_labels_by_their_bits(dtype: torch.dtype) -> None:
+    room = torch.empty(1, dtype=dtype)
+    for label in torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).split(1):
+        is_hard = label.item() in (0, 1) and not label.signbit().item()
+        assert are_hard(label, room) == is_hard, label
 
 
 @pytest.mark.parametrize(

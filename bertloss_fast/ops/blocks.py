@@ -34,6 +34,10 @@ def blocks(matrix: Tensor) -> Iterator[Block]:
             yield slice(row, min(row + row_step, rows)), slice(col, min(col + col_step, cols))
 
 
+# Of 16-bit floats: an odd factor that makes one bit of the bits of 1, and this bit. No other bits become it, or 0.
+_ONE_AS_A_BIT = {torch.bfloat16: (383, 1 << 7), torch.float16: (47, 1 << 10)}
+
+
 class NotProbabilitiesError(ValueError):
     """A label outside of 0 to 1."""
 
@@ -45,10 +49,19 @@ def has_soft_labels(targets: Tensor) -> bool:
     if targets.requires_grad or targets.device.type != "cpu":
         return True
     if targets.numel() < 8192:
-        return not torch.equal(targets * targets, targets)
+        return not targets.mul(targets).equal(targets)
     parts = torch.split(targets.view(-1), block_size(targets)) if targets.is_contiguous() else (targets,)
     room = torch.empty_like(parts[0])
     return any(spread(part, room[: len(part)]) != (0, 0) for part in parts)
+
+
+def are_hard(targets: Tensor, out: Tensor) -> bool:
+    """Whether all labels are 0 or 1, where that can be seen in half the time of :func:`spread`; else False."""
+    if targets.dtype not in _ONE_AS_A_BIT:
+        return False
+    factor, bit = _ONE_AS_A_BIT[targets.dtype]
+    bits = torch.mul(targets.view(torch.int16), factor, out=out.view(torch.int16)).bitwise_and_(~bit)
+    return all(value.item() == 0 for value in bits.aminmax())
 
 
 def spread(targets: Tensor, out: Tensor | None = None) -> tuple[float, float]:

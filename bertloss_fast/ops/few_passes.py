@@ -22,6 +22,8 @@ Slot = Literal["v", "y", "q", "losses", "factor"]
 _LOG2_E = math.log2(math.e)
 # Where q ** gamma is one product.
 _GAMMAS = (1.0, LARGEST_GAMMA_BY_LERP)
+# Up to which the calls of operations cost more than their arithmetic: the ordinary formulas have fewer.
+_SMALL = 32768
 
 
 class Scratch:
@@ -35,12 +37,17 @@ class Scratch:
     def of(self, slot: Slot, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """A place in the shape of a tensor."""
         key = slot, dtype, like.shape
-        if key not in self._views:
-            memory = self._memory.get((slot, dtype))
-            if memory is None or memory.numel() < like.numel():
-                memory = self._memory[slot, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-            self._views[key] = memory[: like.numel()].view(like.shape)
-        return self._views[key]
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._new_view(slot, like, dtype)
+        return view
+
+    def _new_view(self, slot: Slot, like: Tensor, dtype: torch.dtype) -> Tensor:
+        memory = self._memory.get((slot, dtype))
+        if memory is not None and memory.numel() >= like.numel():
+            return memory.view(-1)[: like.numel()].view(like.shape)
+        self._memory[slot, dtype] = memory = torch.empty(like.shape, dtype=dtype, device=like.device)
+        return memory
 
 
 class FewPasses:
@@ -53,6 +60,7 @@ class FewPasses:
         # What a positive's weight is beside a negative's, less 1.
         self._more = 0.0 if spec.alpha is None else spec.alpha / (1 - spec.alpha) - 1
         self._upstream = 1.0 if upstream is None else upstream
+        self._zero = torch.zeros((), dtype=torch.float32, device="cpu")
 
     @classmethod
     def serving(
@@ -68,6 +76,7 @@ class FewPasses:
                 served = served and LEAST_ALPHA_OF_A_LINE <= spec.alpha <= 1 - LEAST_ALPHA_OF_A_LINE
         if (
             not served
+            or operands.inputs.numel() <= _SMALL
             or isinstance(scale, Tensor)
             or spec.smoothing
             or spec.ignored is not None
@@ -88,14 +97,16 @@ class FewPasses:
         x = self._in_float("v", part.inputs)
         y = None if part.targets is None else self._in_float("y", part.targets)
         v = x if y is None else _flip(x, y, self._of("v", x))
-        losses, q = self._softplus_and_sigmoid(v, precise=part.inputs.dtype == torch.float32)
+        losses, q = self._softplus_and_sigmoid(
+            v, precise=self._gamma is not None and part.inputs.dtype == torch.float32
+        )
         factor = None if self._gamma is None else self._weight(q, y, self._gamma)
         # The slope needs gamma times the loss: where there is one, that is what is computed.
         times = 1.0 if self._gamma is None or grad is None else self._gamma
         if factor is None:
             losses.mul_(self._of_negative)
         else:
-            _product(losses, factor, times, losses)
+            self._product(losses, factor, times, losses)
         if left_out is not None:
             clear(losses, left_out)
         total = losses.sum()
@@ -128,7 +139,7 @@ class FewPasses:
     def _weight(self, q: Tensor, y: Tensor | None, gamma: float) -> Tensor:
         """The class weight times q ** gamma."""
         out = self._of("factor", q)
-        factor = torch.mul(q, self._of_negative, out=out) if gamma == 1 else _product(q, q, self._of_negative, out)
+        factor = torch.mul(q, self._of_negative, out=out) if gamma == 1 else self._product(q, q, self._of_negative, out)
         if y is not None and self._more:
             torch.addcmul(factor, factor, y, value=self._more, out=factor)
         return factor
@@ -148,6 +159,10 @@ class FewPasses:
         if slope is not grad:
             grad.copy_(slope)
 
+    def _product(self, a: Tensor, b: Tensor, number: float, out: Tensor) -> Tensor:
+        """number * a * b in one pass."""
+        return torch.mul(a, b, out=out) if number == 1 else torch.addcmul(self._zero, a, b, value=number, out=out)
+
 
 def clear(values: Tensor, offsets: Tensor) -> None:
     """0 where ``offsets`` are, counted row after row."""
@@ -158,8 +173,3 @@ def clear(values: Tensor, offsets: Tensor) -> None:
 def _flip(values: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """values where y is 0 and -values where it is 1: exactly, or infinite beyond half of the largest number."""
     return torch.addcmul(values, values, y, value=-2, out=out)
-
-
-def _product(a: Tensor, b: Tensor, number: float, out: Tensor) -> Tensor:
-    """number * a * b in one pass."""
-    return torch.mul(a, b, out=out) if number == 1 else torch.addcmul(a.new_zeros(()), a, b, value=number, out=out)

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..reference import sigmoid as reference
-from ..reference.formulas import Result
 from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
-from .blocks import Block, NotProbabilitiesError, is_one_block, spread
+from .blocks import Block, NotProbabilitiesError, are_hard, is_one_block, spread
 from .families import Saved
 from .few_labels import take_apart
 from .few_passes import FewPasses, Scratch, clear
@@ -35,7 +34,10 @@ def is_soft(spec: Spec, targets: Tensor, scratch: Scratch | None = None) -> bool
         return targets.is_floating_point()
     if targets.requires_grad or targets.device.type != "cpu" or not targets.numel():
         return bool(targets.numel())
-    low, high = spread(targets, None if scratch is None else scratch.of("factor", targets, targets.dtype))
+    room = None if scratch is None else scratch.of("factor", targets, targets.dtype)
+    if room is not None and are_hard(targets, room):
+        return False
+    low, high = spread(targets, room)
     if spec.formula not in _OF_ANY_LABEL and (low < 0 or (math.isnan(low) and targets.isinf().any())):
         raise NotProbabilitiesError
     return not low == high == 0
@@ -67,9 +69,8 @@ def eager_forward(
     note = None if expected is None else expected.value  # once: another thread may put another in its place
     upstream = None if note is None else note.item()
     if is_one_block(inputs):
-        values, slopes = _whole(spec, with_dense_targets(operands), scale, upstream, with_grad, out=room)
-        loss = values.sum() if reduced else values
-        return as_dtype(loss, spec.loss_dtype), None if slopes is None else as_dtype(slopes, inputs.dtype), note
+        loss, grad = _whole(spec, with_dense_targets(operands), scale, upstream, with_grad, room)
+        return as_dtype(loss, spec.loss_dtype), grad, note
     grad = room_for(inputs, room) if with_grad else None
     loss = inputs.new_empty(() if reduced else inputs.shape, dtype=spec.loss_dtype)
     shape = rows_and_labels(inputs)
@@ -95,8 +96,7 @@ def eager_backward(spec: Spec, operands: Operands, saved: Saved, upstream: Tenso
     if number is None:
         scale = as_dtype(upstream, spec.compute_dtype).expand(inputs.shape) * scale
     if is_one_block(inputs):
-        operands = with_dense_targets(operands)
-        return as_dtype(cast(Tensor, _whole(spec, operands, scale, number, True)[1]), inputs.dtype)
+        return cast(Tensor, _whole(spec, with_dense_targets(operands), scale, number, True)[1])
     shape = rows_and_labels(inputs)
     grad = room_for(inputs, saved.grads.inputs)
     scale = scale.reshape(shape) if isinstance(scale, Tensor) else scale
@@ -112,11 +112,23 @@ def _whole(
     scale: float | Tensor,
     upstream: float | None,
     with_grad: bool,
-    out: Tensor | None = None,
-) -> Result:
-    """What is no larger than a block."""
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and gradient of what is no larger than a block."""
+    inputs = operands.inputs
+    reduced = spec.reduction != "none"
     soft = is_soft(spec, cast(Tensor, operands.targets))
-    return reference.elementwise(spec, operands, scale=scale, upstream=upstream, soft=soft, slope=with_grad, out=out)
+    few_passes = None if soft else FewPasses.serving(spec, operands, scale, upstream, Scratch())
+    if few_passes is not None:
+        grad = room_for(inputs, room) if with_grad else None
+        losses = None if reduced else inputs.new_empty(inputs.shape, dtype=spec.loss_dtype)
+        total = few_passes.block(operands, None, losses, grad)
+        if total is not None:
+            return total if losses is None else losses, grad
+    losses, slopes = reference.elementwise(
+        spec, operands, scale=scale, upstream=upstream, soft=soft, slope=with_grad, out=room
+    )
+    return losses.sum() if reduced else losses, None if slopes is None else as_dtype(slopes, inputs.dtype)
 
 
 def _eager_blocks(

@@ -13,6 +13,7 @@ from . import dispatch
 
 # 32 x 100 takes 1.5 times the time of torch's own with it, and 2.2 without; a larger batch has less to gain.
 _SMALL = 8192
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 def small_cross_entropy(inputs: object, targets: object, reduction: str, backend: str | None) -> Tensor | None:
@@ -24,11 +25,11 @@ def small_cross_entropy(inputs: object, targets: object, reduction: str, backend
         return None
     if inputs.shape != targets.shape or not inputs.dim() or not 0 < inputs.numel() <= _SMALL or targets.requires_grad:
         return None
-    if dispatch.needs_plain_operations() or torch.is_autocast_enabled("cpu"):
+    if dispatch.needs_plain_operations() or dispatch.resolve(backend, inputs.device) != "eager":
         return None
-    if dispatch.resolve(backend, inputs.device) != "eager" or not torch.equal(targets * targets, targets):
+    if not targets.mul(targets).equal(targets):
         return None
-    losses = softplus_of(torch.rsub(targets, 1.0, alpha=2) * inputs)
+    losses = softplus_of(torch.sub(_ONE, targets, alpha=2) * inputs)  # torch.rsub takes twice as long
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
