@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import bertloss_fast
 
-from .cases import ALONE, EVERYONE, NO_LIBRARY, UNCOMPILED, Case, Provider
+from .cases import ALONE, NO_LIBRARY, UNCOMPILED, Case, Provider
 from .claims import Claim
 from .data import Targets
 from .measure import COPY
@@ -115,7 +115,6 @@ PROVIDERS = (
 
 _FP32, _BF16, _UINT8 = torch.float32, torch.bfloat16, torch.uint8
 _WIDE, _WIDER, _SMALL = (256, 20000), (64, 131073), (32, 100)
-_PAGES = ("default", "kept", "fresh")
 
 
 def _focal(
@@ -131,15 +130,19 @@ def _focal(
     return Case(suite, loss, shape, dtype, targets, upstream, **others)
 
 
-# As a user's process has them, everybody beside ours; with an allocator that is told what to do, PyTorch alone.
+# Libraries as a user's process has them; what compiles where the allocator does the same in every run.
+_KINDS = {"default": UNCOMPILED, "kept": NO_LIBRARY, "fresh": ALONE}
 _BY_PAGES = {
-    (dtype, pages): _focal(_WIDE, dtype, dtype, pages=pages, kinds=EVERYONE if pages == "default" else ALONE)
+    (shape, dtype, pages): _focal(shape, dtype, dtype, pages=pages, kinds=kinds)
+    for shape in (_WIDE, _WIDER)
     for dtype in (_FP32, _BF16)
-    for pages in _PAGES
+    for pages, kinds in _KINDS.items()
+    if (shape, pages) != (_WIDER, "fresh")
 }
-_WIDER_CASES = {dtype: _focal(_WIDER, dtype, dtype) for dtype in (_FP32, _BF16)}
 _SPARSE = tuple(
-    _focal(shape, dtype, None, labels_per_row=5, kinds=ALONE) for shape in (_WIDE, _WIDER) for dtype in (_FP32, _BF16)
+    _focal(shape, dtype, None, labels_per_row=5, pages="kept", kinds=ALONE)
+    for shape in (_WIDE, _WIDER)
+    for dtype in (_FP32, _BF16)
 )
 _SMALL_FOCAL = _focal(_SMALL, _FP32, _FP32, suite="small")
 _SMALL_BCE = _focal(_SMALL, _FP32, _FP32, suite="small", loss="bce", kinds=NO_LIBRARY)
@@ -149,9 +152,8 @@ _MEMORY_BF16 = _focal(_WIDE, _BF16, _BF16, suite="memory", kinds=ALONE)
 # Five labels a row, as in extreme classification: dense targets beside SparseLabels.
 _MEMORY_SPARSE = _focal((512, 100000), _BF16, None, suite="memory", labels_per_row=5, kinds=ALONE)
 _CPU_CASES = (
-    _focal((256, 2000), _FP32, _FP32),  # for the chart of time against size
+    _focal((256, 2000), _FP32, _FP32, pages="kept", kinds=NO_LIBRARY),  # for the chart of time against size
     *_BY_PAGES.values(),
-    *_WIDER_CASES.values(),
     *_SPARSE,
     *(_focal(_WIDE, dtype, _UINT8, pages="kept", kinds=ALONE) for dtype in (_FP32, _BF16)),
     _focal(_WIDE, _FP32, _FP32, upstream=UPSTREAM, pages="kept", kinds=ALONE),
@@ -198,14 +200,8 @@ def _speed(case: Case, provider: str, at_least: float, peer: str = "pytorch") ->
 
 
 _CPU_CLAIMS = (
-    *(
-        _speed(case, "eager", 4 if case.dtype == _FP32 else 2.5)
-        for case in (*_BY_PAGES.values(), *_WIDER_CASES.values())
-    ),
-    *(
-        _speed(case, "inductor", 1.6, "compile")
-        for case in (_BY_PAGES[_FP32, "default"], _BY_PAGES[_BF16, "default"], *_WIDER_CASES.values())
-    ),
+    *(_speed(case, "eager", 4 if case.dtype == _FP32 else 2.5) for case in _BY_PAGES.values()),
+    *(_speed(case, "inductor", 1.6, "compile") for case in _BY_PAGES.values() if case.pages == "kept"),
     *(
         # Medians of one code path differ by as much.
         Claim("{}, times the time of the same labels as dense bytes", case, "eager", "eager, dense", at_most=1.05)

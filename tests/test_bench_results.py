@@ -87,6 +87,17 @@ def test_a_median_alone_does_not_tell():
     assert [change.what for change in compare(old, new)] == ["1.50 times the time"]
 
 
+@pytest.mark.parametrize(
+    ("device", "pages", "changes"),
+    [("cpu", "default", []), ("cpu", "kept", ["3.00 times the time"]), ("cuda", "default", ["3.00 times the time"])],
+)
+def test_times_that_malloc_decides_are_not_compared(device, pages, changes):
+    case = replace(TIME, shape=(1000, 1000), pages=pages)
+    old, new = _run_of(case, eager=1.0), _run_of(case, eager=3.0)
+    new.environment["device"] = device
+    assert [change.what for change in compare(old, new)] == changes
+
+
 def test_the_command_compares_two_files(tmp_path, capsys):
     files = []
     for number, time in enumerate((1.0, 1.0, 1.5)):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import oracles
 import pytest
 import torch
 from cases import logits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import bertloss_fast as bf
 from bertloss_fast.ops.blocks import block_size
 from bertloss_fast.ops.few_labels import _FEW, find_few, take_apart
-from bertloss_fast.ops.small import small_cross_entropy
+from bertloss_fast.ops.small import small_loss
 from bertloss_fast.reference.sigmoid import Operands
 
 CPU = torch.device("cpu")
@@ -98,12 +99,45 @@ def hard(**options: Any) -> Tensor:
     return (torch.arange(12).view(3, 4) % 5 == 0).to(**{"dtype": torch.float32, **options})
 
 
-def test_a_small_batch_goes_straight_to_torch_s_autograd() -> None:
-    x = torch.randn(3, 4, requires_grad=True)
-    for module in (bf.BCEWithLogitsLoss(backend="eager"), bf.BCEWithLogitsLoss(backend="eager", reduction="sum")):
-        loss = module(x, hard())
-        assert loss.grad_fn is not None
-        assert loss.grad_fn.name() in ("MeanBackward0", "SumBackward0")
+SMALL: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
+    "bce": (bf.BCEWithLogitsLoss, torch.nn.functional.binary_cross_entropy_with_logits),
+    "gamma 1": (partial(bf.SigmoidFocalLoss, alpha=None, gamma=1), partial(oracles.sigmoid_focal, alpha=None, gamma=1)),
+    "gamma 2": (partial(bf.SigmoidFocalLoss, alpha=0.25), partial(oracles.sigmoid_focal, alpha=0.25, gamma=2.0)),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", SMALL)
+def test_a_small_batch_goes_straight_to_torch_s_autograd(loss: str, reduction: str) -> None:
+    made, oracle = SMALL[loss]
+    x = torch.linspace(-20, 20, 12).view(3, 4).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    found = made(backend="eager", reduction=reduction)(x, hard())
+    true = oracle(exact, hard().double(), reduction=reduction)
+    assert found.grad_fn is not None
+    assert found.grad_fn.name() in ("MeanBackward0", "SumBackward0")
+    torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
+    (ours,), (theirs,) = torch.autograd.grad(found / 3, x), torch.autograd.grad(true / 3, exact)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("inputs", [torch.inf, -torch.inf])
+def test_a_small_batch_of_infinite_logits(inputs: float) -> None:
+    x = torch.full((2, 3), inputs, requires_grad=True)
+    bf.sigmoid_focal_loss(x, torch.ones(2, 3), None, 2.0, "sum", backend="eager").backward()
+    assert x.grad is not None
+    assert x.grad.unique().tolist() == [0.0 if inputs > 0 else -1.0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.1}, {"alpha": torch.full((4,), 0.5)}, {"gamma": 1.5}, {"weight": torch.ones(4)}]
+)
+def test_options_of_the_general_way(options: dict[str, Any]) -> None:
+    loss = bf.sigmoid_focal_loss(
+        torch.randn(3, 4, requires_grad=True), hard(), reduction="mean", backend="eager", **options
+    )
+    assert loss.grad_fn is not None
+    assert loss.grad_fn.name() == "_LossBackward"
 
 
 @pytest.mark.parametrize(
@@ -125,14 +159,15 @@ def test_a_small_batch_goes_straight_to_torch_s_autograd() -> None:
     ],
 )
 def test_what_goes_the_general_way(x: Any, y: Any, reduction: str) -> None:
-    assert small_cross_entropy(x, y, reduction, "eager") is None
+    assert small_loss("bce", (), x, y, None, reduction, "eager") is None
+    assert small_loss("focal", (2.0,), x, y, 0.25, reduction, "eager") is None
 
 
 def test_the_general_way_under_transforms() -> None:
     found = []
 
     def ask(x: Tensor) -> Tensor:
-        found.append(small_cross_entropy(x, hard(), "mean", "eager"))
+        found.append(small_loss("bce", (), x, hard(), None, "mean", "eager"))
         return x.sum()
 
     torch.func.grad(ask)(torch.zeros(3, 4))
@@ -141,19 +176,35 @@ def test_the_general_way_under_transforms() -> None:
 
 def test_autocast_changes_no_digit() -> None:
     x = torch.randn(3, 4)
-    loss = small_cross_entropy(x, hard(), "mean", "eager")
+    loss = small_loss("bce", (), x, hard(), None, "mean", "eager")
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = small_cross_entropy(x, hard(), "mean", "eager")
+        under_autocast = small_loss("bce", (), x, hard(), None, "mean", "eager")
     assert loss is not None
     assert under_autocast is not None
     torch.testing.assert_close(under_autocast, loss, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing": False}, {"label_smoothing": 2.0}, {"upstream_memory": 1}])
-def test_what_is_wrong_with_a_small_batch_is_told(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("function", [bf.binary_cross_entropy_with_logits, bf.sigmoid_focal_loss])
+def test_what_is_wrong_with_a_small_batch_is_told(function: Callable[..., Tensor], options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
-        bf.binary_cross_entropy_with_logits(torch.zeros(3, 4), hard(), backend="eager", **options)
+        function(torch.zeros(3, 4), hard(), reduction="mean", backend="eager", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"gamma": True}, TypeError),
+        ({"gamma": -1.0}, ValueError),
+        ({"alpha": True}, TypeError),
+        ({"beta": None}, TypeError),
+    ],
+)
+def test_what_is_wrong_with_a_small_focal_loss_too(options: dict[str, Any], error: type[Exception]) -> None:
+    (name,) = options
+    with pytest.raises(error, match=f"^{name}: expected"):
+        bf.sigmoid_focal_loss(torch.zeros(3, 4), hard(), reduction="mean", backend="eager", **options)
 
 
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x[:, 1:]])

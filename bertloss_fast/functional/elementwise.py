@@ -44,9 +44,18 @@ class Options(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(Options.__annotations__)
+_OF_THE_LOSS = ("weight", "pos_weight", "sample_weight", "mask", "ignore_index", "normalizer")
 Look = Literal["early", "late", "chunks"]
 # The backends that look at labels while they compute.
 _LOOKING = ("eager", "inductor")
+
+
+def are_defaults(options: Options) -> bool:
+    """Whether nothing is asked for but a backend, and what is no part of the loss."""
+    if not _OPTIONS.issuperset(options) or not isinstance(options.get("upstream_memory"), UpstreamMemory | None):
+        return False
+    smoothing = options.get("label_smoothing", 0.0)
+    return smoothing.__class__ is float and not smoothing and all(options.get(name) is None for name in _OF_THE_LOSS)
 
 
 def elementwise_loss(

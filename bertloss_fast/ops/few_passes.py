@@ -26,6 +26,14 @@ _GAMMAS = (1.0, LARGEST_GAMMA_BY_LERP)
 _SMALL = 32768
 
 
+def is_short(formula: str, params: tuple[float, ...], alpha: float | None) -> bool:
+    """Whether a loss of hard labels is made of products, and its class weight a line in the label that keeps digits."""
+    if formula == "bce":
+        return alpha is None
+    is_line = alpha is None or LEAST_ALPHA_OF_A_LINE <= alpha <= 1 - LEAST_ALPHA_OF_A_LINE
+    return formula == "focal" and params[0] in _GAMMAS and is_line
+
+
 class Scratch:
     """Memory that the blocks of a call share: what is computed of one is there until the next one's."""
 
@@ -68,14 +76,8 @@ class FewPasses:
     ) -> FewPasses | None:
         """None of other losses, and with options that these have no formulas for."""
         options = (operands.alpha, operands.weight, operands.pos_weight, operands.sample_weight, operands.mask)
-        if spec.formula == "bce":
-            served = spec.alpha is None
-        else:
-            served = spec.formula == "focal" and spec.params[0] in _GAMMAS
-            if spec.alpha is not None:
-                served = served and LEAST_ALPHA_OF_A_LINE <= spec.alpha <= 1 - LEAST_ALPHA_OF_A_LINE
         if (
-            not served
+            not is_short(spec.formula, spec.params, spec.alpha)
             or operands.inputs.numel() <= _SMALL
             or isinstance(scale, Tensor)
             or spec.smoothing

@@ -68,20 +68,19 @@ def poly(
     plain = label.soft is None and label.share is None and not epsilon
     if slope and plain and not of.is_compiled and 0 < gamma <= LARGEST_GAMMA_BY_LERP:
         return _focal_by_lerp(of, factor, gamma)
-    ce = _cross_entropy(v, of.softplus(), label)
-    q, p = of.sigmoid(), of.sigmoid_of_minus()
+    ce, q = _cross_entropy(v, of.softplus(), label), of.sigmoid()
     if label.soft is None:
-        m, growth = q, p
+        m = q
         modulation = _power(q, gamma, lambda: -of.softplus_of_minus())
     else:
-        distance = label.soft.distance
+        p, distance = of.sigmoid_of_minus(), label.soft.distance
         m = (q + distance * (p - q)).clamp_min(torch.finfo(v.dtype).tiny)
         modulation = _power(m, gamma, lambda: m.log())
-        growth = p * q * (1 - 2 * distance) / m
     modulation = weighted(modulation, factor)
     loss = modulation * (ce + epsilon * m if epsilon else ce)
     if not slope:
         return loss, None
+    growth = of.sigmoid_of_minus() if label.soft is None else p * q * (1 - 2 * distance) / m
     ce_slope = _cross_entropy_slope(q, label)
     if epsilon:
         ce_slope = ce_slope + (epsilon * (gamma + 1)) * (growth * m)
