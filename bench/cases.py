@@ -71,11 +71,6 @@ class Case:
         return self.numel * self.dtype.itemsize
 
     @property
-    def is_left_to_malloc(self) -> bool:
-        """On a CPU, whether tensors are large enough for what glibc does by luck."""
-        return self.pages == "default" and self.logits_bytes >= 128 << 10
-
-    @property
     def title(self) -> str:
         rows, labels = self.shape
         targets = f"{name(self.target_dtype)} targets" if self.target_dtype else "SparseLabels"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_head, bench_listwise, bench_sigmoid, bench_softmax, charts, families, peers, report, run
+from bench import bench_head, bench_listwise, bench_sigmoid, bench_softmax, charts, check, families, peers, report, run
 from bench.cases import EVERYONE, Case, Quartiles, Row
 from bench.claims import Claim
 from bench.compare import compare
@@ -87,15 +87,16 @@ def test_a_median_alone_does_not_tell():
     assert [change.what for change in compare(old, new)] == ["1.50 times the time"]
 
 
-@pytest.mark.parametrize(
-    ("device", "pages", "changes"),
-    [("cpu", "default", []), ("cpu", "kept", ["3.00 times the time"]), ("cuda", "default", ["3.00 times the time"])],
-)
-def test_times_that_malloc_decides_are_not_compared(device, pages, changes):
-    case = replace(TIME, shape=(1000, 1000), pages=pages)
-    old, new = _run_of(case, eager=1.0), _run_of(case, eager=3.0)
-    new.environment["device"] = device
-    assert [change.what for change in compare(old, new)] == changes
+def test_times_that_malloc_decides_are_not_compared():
+    kept = replace(TIME, pages="kept")
+    old, new = _run_of(TIME, eager=1.0, pytorch=1.0), _run_of(TIME, eager=3.0, pytorch=1.0)
+    assert len(compare(old, new)) == 1
+    steady = _run_of(kept, eager=1.0, pytorch=1.0).rows
+    old.rows += steady
+    new.rows += steady
+    assert compare(old, new) == []
+    slower = _run_of(kept, eager=3.0, pytorch=1.0).rows
+    assert [change.title for change in compare(old, replace(new, rows=[*new.rows[:2], *slower]))] == [kept.title]
 
 
 def test_the_command_compares_two_files(tmp_path, capsys):
@@ -192,6 +193,15 @@ def test_a_run_is_kept_shown_and_read_again(monkeypatch, tmp_path, capsys):
     page = (tmp_path / "page.md").read_text()
     assert TIME.title in page
     assert f"](./{path.stem}-memory.png)" in page
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_oracle_of_lists_takes_the_lists_of_every_case(device):
+    for case in bench_listwise.cases(torch.device(device)):
+        assert case.shape[0] * case.shape[1] <= check._BLOCK, "all of them at once"
+        scores = torch.randn(case.shape[0], 3, dtype=torch.float64)
+        losses = bench_listwise.oracle(case.loss, scores, torch.eye(3, dtype=torch.float64)[0].expand_as(scores))
+        assert losses.shape == case.shape[:1]
 
 
 def test_a_case_of_a_layer_comes_back_from_json():

@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import bertloss_fast as bf
 from bertloss_fast.ops.blocks import block_size
 from bertloss_fast.ops.few_labels import _FEW, find_few, take_apart
-from bertloss_fast.ops.small import small_loss
+from bertloss_fast.ops.small import small_cross_entropy, small_focal_loss
 from bertloss_fast.reference.sigmoid import Operands
 
 CPU = torch.device("cpu")
@@ -121,12 +121,17 @@ def test_a_small_batch_goes_straight_to_torch_s_autograd(loss: str, reduction: s
     torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("inputs", [torch.inf, -torch.inf])
-def test_a_small_batch_of_infinite_logits(inputs: float) -> None:
-    x = torch.full((2, 3), inputs, requires_grad=True)
-    bf.sigmoid_focal_loss(x, torch.ones(2, 3), None, 2.0, "sum", backend="eager").backward()
-    assert x.grad is not None
-    assert x.grad.unique().tolist() == [0.0 if inputs > 0 else -1.0]
+@pytest.mark.parametrize("alpha", [None, 0.25])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_small_batch_of_infinite_logits(alpha: float | None, reduction: str) -> None:
+    x = torch.tensor([[torch.inf, -torch.inf, torch.inf, -torch.inf, 1.5, -0.5]], requires_grad=True)
+    y = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 0.0]])
+    loss = bf.sigmoid_focal_loss(x, y, alpha, 2.0, reduction, backend="eager")
+    assert loss == torch.inf
+    exact = torch.where(x.isinf(), x.sign() * 700, x).detach().double().requires_grad_()
+    true = bf.sigmoid_focal_loss(exact, y.double(), alpha, 2.0, reduction, backend="eager")
+    (ours,), (theirs,) = torch.autograd.grad(loss, x), torch.autograd.grad(true, exact)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -159,29 +164,46 @@ def test_options_of_the_general_way(options: dict[str, Any]) -> None:
     ],
 )
 def test_what_goes_the_general_way(x: Any, y: Any, reduction: str) -> None:
-    assert small_loss("bce", (), x, y, None, reduction, "eager") is None
-    assert small_loss("focal", (2.0,), x, y, 0.25, reduction, "eager") is None
+    assert small_cross_entropy(x, y, reduction, "eager") is None
+    assert small_focal_loss(x, y, 0.25, 2.0, reduction, "eager") is None
 
 
-def test_the_general_way_under_transforms() -> None:
-    found = []
+@pytest.mark.parametrize("loss", [small_cross_entropy, partial(small_focal_loss, alpha=0.25, gamma=2.0)])
+def test_transforms_and_autocast(loss: Callable[..., Tensor | None]) -> None:
+    found, x = [], torch.randn(3, 4)
 
     def ask(x: Tensor) -> Tensor:
-        found.append(small_loss("bce", (), x, hard(), None, "mean", "eager"))
+        found.append(loss(x, hard(), reduction="mean", backend="eager"))
         return x.sum()
 
-    torch.func.grad(ask)(torch.zeros(3, 4))
+    torch.func.grad(ask)(x)
     assert found == [None]
-
-
-def test_autocast_changes_no_digit() -> None:
-    x = torch.randn(3, 4)
-    loss = small_loss("bce", (), x, hard(), None, "mean", "eager")
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = small_loss("bce", (), x, hard(), None, "mean", "eager")
-    assert loss is not None
-    assert under_autocast is not None
-    torch.testing.assert_close(under_autocast, loss, rtol=0, atol=0)
+        ask(x)
+    torch.testing.assert_close(found[1], loss(x, hard(), reduction="mean", backend="eager"), rtol=0, atol=0)
+
+
+def test_sizes_share_a_graph() -> None:
+    """The limit of small batches is no guard of a compiler."""
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(
+        partial(bf.sigmoid_focal_loss, reduction="mean", backend="eager"), backend=count, dynamic=True
+    )
+    for rows in (32, 200):
+        compiled(torch.randn(rows, 100), torch.zeros(rows, 100))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("numel", [3, 9000])
+def test_an_infinite_label_is_no_probability(numel: int) -> None:
+    with pytest.raises(ValueError, match=r"^targets: expected values from 0 to 1, got inf"):
+        bf.sigmoid_focal_loss(torch.ones(1, numel), torch.full((1, numel), torch.inf), reduction="sum", backend="eager")
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing": False}, {"label_smoothing": 2.0}, {"upstream_memory": 1}])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import bertloss_fast as bf
 from bertloss_fast.ops import dispatch
-from bertloss_fast.ops.blocks import are_hard
+from bertloss_fast.ops.blocks import are_surely_hard
 from bertloss_fast.ops.few_labels import find_few
 from bertloss_fast.ops.few_passes import FewPasses
 
@@ -25,8 +25,9 @@ BLOCKS, ROWS, LABELS = 4, 8, 40
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr("bertloss_fast.ops.blocks._BLOCK", ROWS * LABELS // threads)
-    for module in ("small", "sigmoid", "few_passes"):
+    for module in ("small", "sigmoid"):
         monkeypatch.setattr(f"bertloss_fast.ops.{module}._SMALL", 0)
+    monkeypatch.setattr("bertloss_fast.ops.sigmoid_eager._FEWER_OPERATIONS", 0)
     assert ROWS * LABELS % threads == 0
 
 
@@ -120,8 +121,15 @@ def test_a_call_of_one_block(
     # A forward, and a backward for another upstream; not for one that is a tensor.
     assert served == [True] * (4 if reduction == "mean" else 2)
     served.clear()
-    call(torch.full((2, 3), torch.inf, requires_grad=True), torch.ones(2, 3)).sum().backward()
+    x, wrong = torch.full((2, 3), torch.inf, requires_grad=True), torch.zeros(2, 3)
+    wrong[0, 0] = 1
+    loss = call(x, wrong)
+    assert loss.max() == torch.inf
+    (grad,) = torch.autograd.grad(loss.sum(), x)
     assert served == [False]
+    assert grad[0, 0] == 0
+    assert grad.unique().numel() == 2
+    assert grad[0, 1] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -129,7 +137,7 @@ def test_hard_labels_by_their_bits(dtype: torch.dtype) -> None:
     room = torch.empty(1, dtype=dtype)
     for label in torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).split(1):
         is_hard = label.item() in (0, 1) and not label.signbit().item()
-        assert are_hard(label, room) == is_hard, label
+        assert are_surely_hard(label, room) == is_hard, label
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,14 @@ class Options(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(Options.__annotations__)
-_OF_THE_LOSS = ("weight", "pos_weight", "sample_weight", "mask", "ignore_index", "normalizer")
+_OF_THE_LOSS = _OPTIONS - {"label_smoothing", "backend", "upstream_memory"}
 Look = Literal["early", "late", "chunks"]
 # The backends that look at labels while they compute.
 _LOOKING = ("eager", "inductor")
 
 
-def are_defaults(options: Options) -> bool:
-    """Whether nothing is asked for but a backend, and what is no part of the loss."""
+def are_plain(options: Options) -> bool:
+    """Whether they leave the loss as its formula has it, and are valid but for the backend."""
     if not _OPTIONS.issuperset(options) or not isinstance(options.get("upstream_memory"), UpstreamMemory | None):
         return False
     smoothing = options.get("label_smoothing", 0.0)

@@ -22,12 +22,10 @@ Slot = Literal["v", "y", "q", "losses", "factor"]
 _LOG2_E = math.log2(math.e)
 # Where q ** gamma is one product.
 _GAMMAS = (1.0, LARGEST_GAMMA_BY_LERP)
-# Up to which the calls of operations cost more than their arithmetic: the ordinary formulas have fewer.
-_SMALL = 32768
 
 
-def is_short(formula: str, params: tuple[float, ...], alpha: float | None) -> bool:
-    """Whether a loss of hard labels is made of products, and its class weight a line in the label that keeps digits."""
+def has_few_passes(formula: str, params: tuple[float, ...], alpha: float | None) -> bool:
+    """Binary cross-entropy without alpha, or a focal loss of products, whose alpha keeps its digits as a line in y."""
     if formula == "bce":
         return alpha is None
     is_line = alpha is None or LEAST_ALPHA_OF_A_LINE <= alpha <= 1 - LEAST_ALPHA_OF_A_LINE
@@ -77,8 +75,7 @@ class FewPasses:
         """None of other losses, and with options that these have no formulas for."""
         options = (operands.alpha, operands.weight, operands.pos_weight, operands.sample_weight, operands.mask)
         if (
-            not is_short(spec.formula, spec.params, spec.alpha)
-            or operands.inputs.numel() <= _SMALL
+            not has_few_passes(spec.formula, spec.params, spec.alpha)
             or isinstance(scale, Tensor)
             or spec.smoothing
             or spec.ignored is not None

@@ -80,20 +80,22 @@ def parts(operands: Operands) -> Iterator[tuple[Block, Operands]]:
 
 def cut_matrices(operands: Operands, rows: slice, labels: slice) -> Operands:
     """Some rows and labels of operands that are matrices; labels in CSR stay whole."""
-    of_labels = (slice(None), labels)
-    cuts: dict[str, tuple[slice, ...]] = {
-        "inputs": (rows, labels),
-        "targets": (rows, labels),
-        "alpha": (labels,),
-        "weight": (rows, labels),
-        "pos_weight": (labels,),
-        "sample_weight": (rows,),
-        "mask": (rows, labels),
-        "by_label": of_labels,
-        "by_row": (rows,),
-    }
-    present = {name: tensor[cut] for name, cut in cuts.items() if (tensor := getattr(operands, name)) is not None}
-    return operands._replace(**present, places=None)
+
+    def cut(tensor: Tensor | None, *places: slice) -> Tensor | None:
+        return None if tensor is None else tensor[places]
+
+    return operands._replace(
+        inputs=operands.inputs[rows, labels],
+        targets=cut(operands.targets, rows, labels),
+        alpha=cut(operands.alpha, labels),
+        weight=cut(operands.weight, rows, labels),
+        pos_weight=cut(operands.pos_weight, labels),
+        sample_weight=cut(operands.sample_weight, rows),
+        mask=cut(operands.mask, rows, labels),
+        by_label=cut(operands.by_label, slice(None), labels),
+        by_row=cut(operands.by_row, rows),
+        places=None,
+    )
 
 
 def single_elements(operands: Operands, rows: Tensor, labels: Tensor) -> Operands:

@@ -12,7 +12,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from ..reference import sigmoid as reference
 from ..reference.sigmoid import Operands, Spec, as_dtype
 from . import dispatch
-from .blocks import Block, NotProbabilitiesError, are_hard, is_one_block, spread
+from .blocks import Block, NotProbabilitiesError, are_surely_hard, is_one_block, spread
 from .families import Saved
 from .few_labels import take_apart
 from .few_passes import FewPasses, Scratch, clear
@@ -22,6 +22,8 @@ from .upstream import Expected, number_that_came
 
 Place = Block | tuple[Tensor, Tensor]
 
+# Up to so many logits an operation costs more than its arithmetic, and the ordinary formulas have fewer.
+_FEWER_OPERATIONS = 32768
 # As torch's does.
 _OF_ANY_LABEL = ("bce",)
 
@@ -35,7 +37,7 @@ def is_soft(spec: Spec, targets: Tensor, scratch: Scratch | None = None) -> bool
     if targets.requires_grad or targets.device.type != "cpu" or not targets.numel():
         return bool(targets.numel())
     room = None if scratch is None else scratch.of("factor", targets, targets.dtype)
-    if room is not None and are_hard(targets, room):
+    if room is not None and are_surely_hard(targets, room):
         return False
     low, high = spread(targets, room)
     if spec.formula not in _OF_ANY_LABEL and (low < 0 or (math.isnan(low) and targets.isinf().any())):
@@ -118,7 +120,8 @@ def _whole(
     inputs = operands.inputs
     reduced = spec.reduction != "none"
     soft = is_soft(spec, cast(Tensor, operands.targets))
-    few_passes = None if soft else FewPasses.serving(spec, operands, scale, upstream, Scratch())
+    many = inputs.numel() > _FEWER_OPERATIONS
+    few_passes = None if soft or not many else FewPasses.serving(spec, operands, scale, upstream, Scratch())
     if few_passes is not None:
         grad = room_for(inputs, room) if with_grad else None
         losses = None if reduced else inputs.new_empty(inputs.shape, dtype=spec.loss_dtype)
