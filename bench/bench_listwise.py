@@ -137,15 +137,18 @@ def _on(device: torch.device, case: Case) -> Case:
 def cases(device: torch.device) -> tuple[Case, ...]:
     # A CPU's check of 64 such lists, pair by pair in float64, would take two minutes.
     longest = replace(_LONGEST, shape=(_LISTS_OF_A_CPU, _LONGEST.shape[1])) if device.type == "cpu" else _LONGEST
-    return tuple(_on(device, case) for case in (*_CASES, longest))
+    return tuple(dict.fromkeys((*_LONG, *(_on(device, case) for case in (*_CASES, longest)))))
 
 
-_SPEED = "{}, times as fast as sentence-transformers"
+_SPEED = "times as fast as sentence-transformers"
 
 
 def claims(device: torch.device) -> tuple[Claim, ...]:
     provider = "eager" if device.type == "cpu" else "triton"
-    bounds = [(case, 3.0) for case in _SHORT] + [(case, 8.0) for case in _LONG]
+    bounds = {_on(device, case): 3.0 for case in _SHORT} | dict.fromkeys(_LONG, 8.0)
+    bounds |= {_on(device, case): 8.0 for case in _LONG}
+    as_it_is = {case: ", malloc as it is" for case in _LONG if device.type == "cpu"}
     return tuple(
-        Claim(_SPEED, _on(device, case), provider, "sentence-transformers", at_least=bound) for case, bound in bounds
+        Claim(f"{{}}{as_it_is.get(case, '')}, {_SPEED}", case, provider, "sentence-transformers", at_least=bound)
+        for case, bound in bounds.items()
     )
