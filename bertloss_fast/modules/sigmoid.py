@@ -79,6 +79,8 @@ class ElementwiseLoss(nn.Module):
             "backend": self.backend,
             "upstream_memory": self._upstream_memory,
         }
+        if not of_call:
+            return options
         given = {name: value for name, value in of_call.items() if value is not None}
         return options | given  # type: ignore[return-value, operator]
 
