@@ -7,15 +7,17 @@ it, the masked copy of the loop for the last tile and the sums, runs once a prog
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -119,15 +121,15 @@ class Code(NamedTuple):
         ]
 
 
-def parse_sass(text: str) -> Code:
-    """The output of ``cuobjdump -sass -res-usage``."""
+def parse_sass(text: str, usage_of: str) -> Code:
+    """The output of ``nvdisasm`` and of ``cuobjdump -res-usage``."""
     lines = re.findall(r"^\s+/\*(\w{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
     index_of = {int(address, 16): index for index, (address, _, _) in enumerate(lines)}
     instructions = []
     for _, opcode, operands in lines:
         target = re.search(r"0x(\w+)\s*$", operands) if opcode.startswith("BRA") else None
         instructions.append(Instruction(opcode, index_of[int(target[1], 16)] if target else None))
-    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage_of)}
     spills = sum(opcode.startswith(("LDL", "STL")) for opcode, _ in instructions)
     return Code(instructions, usage["REG"], usage["STACK"] + usage["LOCAL"], spills)
 
@@ -150,14 +152,50 @@ def parse_amdgcn(text: str) -> Code:
     return Code(instructions, notes["vgpr_count"], notes["private_segment_fixed_size"], notes["vgpr_spill_count"])
 
 
-def machine_code(kernel: CompiledKernel) -> Code:
-    if "amdgcn" in kernel.asm:
-        return parse_amdgcn(kernel.asm["amdgcn"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", cubin.name]
-        return parse_sass(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def machine_codes(arch: str, kernels: Sequence[CompiledKernel]) -> list[Code]:
+    """What the kernels, compiled for an architecture, consist of."""
+    if ARCHS[arch].backend != "cuda":
+        return [parse_amdgcn(kernel.asm["amdgcn"]) for kernel in kernels]
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    texts = _disassembled(arch, [_code_section(cubin) for cubin in cubins])
+    usage = [_output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file=cubin) for cubin in cubins]
+    return [parse_sass(*of_kernel) for of_kernel in zip(texts, usage, strict=True)]
+
+
+_INSTRUCTION_BYTES = 16  # since Volta
+
+
+def _disassembled(arch: str, codes: Sequence[bytes]) -> Iterator[str]:
+    """All in one run of nvdisasm, which takes longer to start than for a hundred kernels."""
+    option = f"--binary={arch.upper().replace('_', '')}"
+    text = _output_of(triton.knobs.nvidia.nvdisasm.path, option, file=b"".join(codes))
+    begins = [match.start() for match in re.finditer(r"^\s+/\*\w{4,}\*/", text, re.MULTILINE)] + [len(text)]
+    ends = [0, *itertools.accumulate(len(code) // _INSTRUCTION_BYTES for code in codes)]
+    assert ends[-1] == len(begins) - 1, "an instruction a line"
+    for first, end in itertools.pairwise(ends):
+        yield text[begins[first] : begins[end]]
+
+
+def _code_section(cubin: bytes) -> bytes:
+    """The section of a cubin, an ELF file of 64 bits, that has its one kernel's code."""
+    (heads,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of each section the offset of its name, and where it stands and ends.
+    sections = [struct.unpack_from("<I20xQQ", cubin, heads + i * size) for i in range(number)]
+    start_of_names = sections[names][1]
+    [code] = [
+        cubin[start : start + length]
+        for name, start, length in sections
+        if cubin.startswith(b".text.", start_of_names + name)
+    ]
+    return code
+
+
+def _output_of(tool: str, option: str, *, file: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as named:
+        named.write(file)
+        named.flush()
+        return subprocess.run([tool, option, named.name], check=True, capture_output=True, text=True).stdout
 
 
 def shortest_way(body: list[Instruction]) -> list[Instruction]:
@@ -237,8 +275,7 @@ _OF_ROWS = ("_softmax_kernel", "_pairs_kernel", "_lists_kernel", "_ranked_kernel
 _TILE_SIZES = {"BLOCK", "ROWS", "BLOCK_N", "BLOCK_L", "BLOCK_I", "BLOCK_J", "PARTS", "LINES"}
 
 
-def report(arch: str, variant: str, kernel: CompiledKernel, bytes_moved: float) -> Report:
-    code = machine_code(kernel)
+def report(arch: str, variant: str, kernel: CompiledKernel, bytes_moved: float, code: Code) -> Report:
     loops = code.loops()
     of_rows = kernel.src.fn.__name__ in _OF_ROWS
     if of_rows:
@@ -275,12 +312,13 @@ def report(arch: str, variant: str, kernel: CompiledKernel, bytes_moved: float) 
 
 
 def _reports_of(arch: str, variants: list[str]) -> list[Report]:
-    reports = []
+    found = []
     with compiling(ARCHS[arch]) as kernels:
         for variant in variants:
             VARIANTS[variant].launch()
-            reports.append(report(arch, variant, *kernels.pop()))
-    return reports
+            found.append(kernels.pop())
+    codes = machine_codes(arch, [kernel for kernel, _ in found])
+    return [report(arch, variant, *of, code) for variant, of, code in zip(variants, found, codes, strict=True)]
 
 
 def reports(archs: list[str], variants: list[str]) -> list[Report]:

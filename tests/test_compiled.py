@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton has no wheels outside Linux")
 
 from bertloss_fast.kernels import budgets
 
-from bench.sass import ARCHS, Instruction, Report, parse_amdgcn, parse_sass, widths
+from bench.sass import ARCHS, Instruction, Report, _disassembled, parse_amdgcn, parse_sass, widths
 from bench.variants import LINES, PASSES, POINTWISE, ROWS, SIGMOID, VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -224,8 +224,6 @@ def test_sass_is_understood() -> None:
     """A loop that loads, a predicated load and a spill in it, a loop that only counts, and the padding at the end."""
     code = parse_sass(
         """
- Function _kernel:
-  REG:24 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:560
         /*0000*/                   MOV R1, c[0x0][0x28] ;              /* 0x0000000000017802 */
                                                                       /* 0x000fe20000000f00 */
         /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;    /* 0x0000000000047981 */
@@ -240,7 +238,11 @@ def test_sass_is_understood() -> None:
         /*00a0*/               @P2 BRA 0x90 ;                          /* 0x0000000000002947 */
         /*00b0*/                   EXIT ;                              /* 0x000000000000794d */
         /*00c0*/                   BRA 0xc0;                           /* 0x0000000000007947 */
-"""
+""",
+        """
+ Function _kernel:
+  REG:24 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:560
+""",
     )
     assert (code.registers, code.stack, code.spills) == (24, 24, 2)
     assert len(code.instructions) == 13
@@ -248,6 +250,15 @@ def test_sass_is_understood() -> None:
     assert (body[0].opcode, body[-1]) == ("LDG.E.128", Instruction("BRA", 0))
     assert widths(body, "load") == {"2": 1, "4": 1, "16": 1}
     assert widths(body, "store") == {"8": 1}
+
+
+def test_kernels_that_are_disassembled_together_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"        /*{16 * n:04x}*/  NOP ;  /* 0x{n} */\n                 /* 0x0 */\n" for n in range(5)]
+    monkeypatch.setattr("bench.sass._output_of", lambda tool, option, *, file: ".section\n" + "".join(lines))
+    first, second = _disassembled("sm_90", [bytes(3 * 16), bytes(2 * 16)])
+    assert (first, second) == ("".join(lines[:3]), "".join(lines[3:]))
+    with pytest.raises(AssertionError, match="an instruction a line"):
+        list(_disassembled("sm_90", [bytes(3 * 16)]))
 
 
 def test_amdgcn_is_understood() -> None:

@@ -11,9 +11,8 @@ from bench.sass import parse_sass
 from bench.static import GPUS, limit
 
 # Of a kernel compiled for sm_90: a load, a sigmoid, a comparison and its select, an address, a store and the loop.
+USAGE = "  REG:24 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:560"
 LOOP = """
- Function _kernel:
-  REG:24 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:560
         /*0000*/                   ULDC.64 UR4, c[0x0][0x208] ;
         /*0010*/                   LDG.E R4, desc[UR4][R2.64] ;
         /*0020*/                   FMUL R5, R4, 1.4426950216293334961 ;
@@ -30,7 +29,7 @@ LOOP = """
 
 
 def test_instructions_of_a_loop_by_pipeline() -> None:
-    [body] = parse_sass(LOOP).loops()
+    [body] = parse_sass(LOOP, USAGE).loops()
     found = pipes_of(opcode for opcode, _ in body)
     assert found == {"issue": 10, "fma": 2, "xu": 2, "alu": 2, "imad": 1, "lsu": 2, "control": 1}
 
