@@ -73,26 +73,28 @@ def value_and_grads(loss: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
 
 
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.sweep) for turn in (1, 2))])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", OF_LABELS)
-def test_labels(name: str, target: str, backend: str, device: torch.device) -> None:
+def test_labels(name: str, target: str, turn: int, backend: str, device: torch.device) -> None:
     function, oracle, fixed = OF_LABELS[name]
     leaves = layer(device)
     x, weight, bias = leaves
     y = TARGETS[target](uniform(ROWS, LABELS, device=device))
-    # Every option, with several chunks and reductions.
-    names = list(OPTIONS)
+    # Over the targets every chunk size with every reduction, and over the losses too with every option.
+    of_loss, of_target = list(OF_LABELS).index(name), list(TARGETS).index(target)
     for number, chunk_size in enumerate(CHUNKS):
-        for turn, reduction in enumerate((REDUCTIONS[number % 5], "mean_positive", "none")):
-            options = to({**fixed, **OPTIONS[names[(number + 3 * turn + len(name)) % len(names)]]}, device)
-            if reduction == "none":
-                options.pop("normalizer", None)
-            run = functools.partial(function, x, weight, y, linear_bias=bias, reduction=reduction, **options)
-            ours = value_and_grads(run(chunk_size=chunk_size, backend=backend), leaves)
-            theirs = value_and_grads(oracle(F.linear(x, weight, bias), y, reduction=reduction, **options), leaves)
-            torch.testing.assert_close(
-                ours, theirs, **DOUBLE, msg=lambda text, c=(chunk_size, reduction): f"{c} {text}"
-            )
+        reduction = REDUCTIONS[(number + turn + of_target) % len(REDUCTIONS)]
+        option = list(OPTIONS)[(number + 3 * turn + 2 * of_loss + 4 * of_target) % len(OPTIONS)]
+        options = to({**fixed, **OPTIONS[option]}, device)
+        if reduction == "none":
+            options.pop("normalizer", None)
+        run = functools.partial(function, x, weight, y, linear_bias=bias, reduction=reduction, **options)
+        ours = value_and_grads(run(chunk_size=chunk_size, backend=backend), leaves)
+        theirs = value_and_grads(oracle(F.linear(x, weight, bias), y, reduction=reduction, **options), leaves)
+        torch.testing.assert_close(
+            ours, theirs, **DOUBLE, msg=lambda text, c=(chunk_size, reduction, option): f"{c} {text}"
+        )
 
 
 @pytest.mark.parametrize("name", OF_CLASSES)
