@@ -154,6 +154,8 @@ class Row:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Row:
         seconds = fields["seconds"] and Quartiles(*fields["seconds"])
+        if seconds and not all(0 < quartile < math.inf for quartile in seconds):
+            raise ValueError(f"seconds of {fields['provider']}: expected finite numbers above 0, got {tuple(seconds)}")
         errors = {key: float(fields[key]) for key in _ERRORS if fields.get(key) is not None}
         return cls(**(fields | errors | {"case": Case.from_json(fields["case"]), "seconds": seconds}))
 

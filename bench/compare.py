@@ -26,6 +26,9 @@ _LEAST_PEERS = 40
 # The resident set is counted in pages, and the allocator's arenas differ by a few.
 _LEAST_GROWTH, _LEAST_GROWTH_BYTES = 1.1, 2 << 20
 
+# Without which figures are not alike.
+_CONDITIONS = ("name", "cuda", "threads", "torch", "triton", "python", "quick")
+
 Pair = tuple[Row, Row]
 
 
@@ -94,14 +97,22 @@ def _worse(was: Row, row: Row, drift: float, spread: float) -> str | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """1 if something is worse."""
+    """1 if something is worse. Files that tell nothing end the process with 2, as wrong arguments do."""
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
     parser.add_argument("old", type=Path, help="a file of bench/results")
     parser.add_argument("new", type=Path)
     args = parser.parse_args(argv)
-    old, new = Results.load(args.old), Results.load(args.new)
+    try:
+        old, new = Results.load(args.old), Results.load(args.new)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     changes = compare(old, new)
-    keys = [{_key(row) for row in run.rows if row.status == "ok"} for run in (old, new)]
-    print(f"{len(keys[0] & keys[1])} figures in both, {len(keys[0] ^ keys[1])} in one alone.")
+    keys = [{_key(row) for row in run.rows if row.ours and row.status == "ok"} for run in (old, new)]
+    if not keys[0] & keys[1]:
+        parser.error("expected two runs of the same cases, got two without a figure of ours in common")
+    for name in _CONDITIONS:
+        if old.environment.get(name) != new.environment.get(name):
+            print(f"The runs differ in {name}: {old.environment.get(name)} and {new.environment.get(name)}.")
+    print(f"{len(keys[0] & keys[1])} figures of ours in both, {len(keys[0] ^ keys[1])} in one alone.")
     print(tabulate(changes, ("case", "provider", "change")) if changes else "Nothing of ours became slower or larger.")
     return int(bool(changes))

@@ -47,8 +47,15 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        content = json.loads(path.read_text())
-        return cls(content["environment"], [Row.from_json(row) for row in content["rows"]], content["claims"])
+        """
+        Raises:
+            OSError, ValueError: if it cannot be read, or is not what :meth:`save` writes.
+        """
+        try:
+            content = json.loads(path.read_text())
+            return cls(dict(content["environment"]), list(map(Row.from_json, content["rows"])), content["claims"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a file that python -m bench has written, got {error!r}") from error
 
 
 def environment(device: torch.device, quick: bool) -> dict[str, Any]:

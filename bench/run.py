@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _choose(device, args.suite, args.quick)
     _announce(run, chosen, device, left_out)
     folder = args.out or (RESULTS if args.suite == "all" and not args.quick and not left_out else None)
-    end = time.monotonic() + 60 * (args.minutes or _MINUTES[device.type])
+    end = time.monotonic() + 60 * (_MINUTES[device.type] if args.minutes is None else args.minutes)
     measure_all(run, chosen, device, left_out, end, folder)
 
     verdicts = (claim.verdict(run.rows) for claim in families.claims(device))
@@ -110,6 +111,13 @@ def measure_all(
             run.save(folder)
 
 
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return minutes
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -125,7 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     peers = families.peers()
     parser.add_argument("--peers", nargs="*", default=peers, choices=peers, metavar="NAME", help=", ".join(peers))
-    parser.add_argument("--minutes", type=float, help="when to stop; default 9.5 on a CPU, 7.5 on a GPU")
+    parser.add_argument("--minutes", type=_minutes, help="when to stop; default 9.5 on a CPU, 7.5 on a GPU")
     parser.add_argument(
         "--out", type=Path, help="folder of the results; default bench/results for a whole run, else none"
     )

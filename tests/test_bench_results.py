@@ -107,9 +107,46 @@ def test_the_command_compares_two_files(tmp_path, capsys):
         results.environment["name"] = f"run {number}"
         files.append(str(results.save(tmp_path)))
     assert command.main(["compare", *files[:2]]) == 0
-    assert "4 figures in both, 0 in one alone." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 figures of ours in both, 0 in one alone." in shown
+    assert "The runs differ in name: run 0 and run 1." in shown
     assert command.main(["compare", files[0], files[2]]) == 1
     assert "1.50 times the time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("", "expected a file that python -m bench has written"),
+        ("[]", "expected a file that python -m bench has written"),
+        ('{"environment": {}, "rows": [{}], "claims": []}', "expected a file that python -m bench has written"),
+        ('{"environment": {}, "rows": [], "claims": []}', "expected two runs of the same cases"),
+    ],
+)
+def test_files_that_tell_nothing_are_no_comparison(content, message, tmp_path, capsys):
+    run = str(_run_of(TIME, eager=1.0).save(tmp_path))
+    other = tmp_path / "other.json"
+    if content is not None:
+        other.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["compare", run, str(other)])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("median", [0.0, math.nan])
+def test_a_row_has_times_above_0(median):
+    row = _run_of(TIME, eager=1.0).rows[0].to_json() | {"seconds": (1.0, median, 1.0)}
+    with pytest.raises(ValueError, match="seconds of eager: expected finite numbers above 0"):
+        Row.from_json(row)
+
+
+@pytest.mark.parametrize("minutes", ["0", "nan", "-1", "soon"])
+def test_minutes_that_leave_no_time(minutes, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--suite", "small", "--minutes", minutes])
+    assert "--minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -213,7 +250,7 @@ def test_a_case_of_a_layer_comes_back_from_json():
 def test_the_same_cases_run_under_pytest_benchmark(tmp_path):
     pytest.importorskip("pytest_benchmark")
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-max-time=0.01"]
-    chosen = ["-k", "small and bce and eager", f"--benchmark-json={tmp_path / 'out.json'}"]
+    chosen = ["-k", "small and bce and eager and not module", f"--benchmark-json={tmp_path / 'out.json'}"]
     command = [sys.executable, "-m", "pytest", "bench", *options, *chosen]
     # pytest-benchmark measures nothing where xdist has put its names.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
