@@ -239,7 +239,7 @@ def prepare(
 def _count_kernel(
     labels_ptr,  # [N]
     weight_ptr,  # [C], or None
-    counts_ptr,  # [2]: the weights of the labels that count, and how many they are
+    counts_ptr,  # [2]: the weights of the labels that count, infinity for 0, and how many they are
     num_rows,
     num_classes,
     IGNORED: tl.constexpr,
@@ -259,7 +259,7 @@ def _count_kernel(
     weight = count
     if weight_ptr is not None:
         weight = tl.sum(weights)
-    tl.store(counts_ptr, tl.where(weight == 0, 1.0, weight))
+    tl.store(counts_ptr, tl.where(weight == 0, float("inf"), weight))  # where nothing counts, the mean is 0
     tl.store(counts_ptr + 1, tl.maximum(count, 1.0))
 
 

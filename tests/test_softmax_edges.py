@@ -56,6 +56,31 @@ def test_no_rows(name: str, reduction: str, backend: str, device: torch.device) 
     assert grad.shape == x.shape
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_sum_to_0(
+    dtype: torch.dtype, smoothing: float, z_loss: float, backend: str, device: torch.device
+) -> None:
+    """They leave nothing but what z_loss adds, which has no weights; of a linear layer too."""
+    x = torch.linspace(-2, 2, 6, device=device).view(3, 2).to(dtype).requires_grad_()
+    y, weight = torch.zeros(3, dtype=torch.long, device=device), torch.tensor([0.0, 1.0], device=device)
+    options = {"weight": weight, "label_smoothing": smoothing, "z_loss": z_loss, "backend": backend}
+    layer = torch.eye(2, device=device, dtype=dtype)
+    true = z_loss * x.float().logsumexp(-1).square().mean()
+    (true_grad,) = torch.autograd.grad(true, x)
+    for loss in (bf.cross_entropy(x, y, **options), bf.linear_cross_entropy(x, layer, y, chunk_size=1, **options)):
+        torch.testing.assert_close(loss, true.to(loss.dtype), rtol=1e-2, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], true_grad, rtol=2e-2, atol=1e-3 if z_loss else 0)
+
+
+def test_the_product_of_two_weights_is_exact(backend: str, device: torch.device) -> None:
+    x, y = torch.tensor([[0.5, -1.0]], device=device), torch.tensor([0], device=device)
+    weight = torch.tensor([300.0, 1.0], dtype=torch.float16, device=device)
+    loss = bf.softmax_focal_loss(x, y, alpha=weight, weight=weight, backend=backend)
+    torch.testing.assert_close(loss, 90000 * bf.softmax_focal_loss(x, y, backend=backend))
+
+
 def permuted(x: Tensor) -> Tensor:
     """The classes where torch has them, as a view."""
     return x if x.dim() < 3 else x.movedim(-1, 1)

@@ -13,7 +13,7 @@ import torch
 import bertloss_fast as bf
 from bertloss_fast.reference import sigmoid as reference
 
-GAMMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 3.7)
+GAMMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 3.7, 4.0)
 # Every third of an integer, and both sides of where a formula changes over: the series at q = 2^-5, softplus at 40.
 LOGITS = sorted({*(n / 3 for n in range(-240, 241)), -3.46, -3.44, -3.43, -3.42, 3.43, -40.01, 40.01, -1e-3, 1e-3})
 
@@ -63,6 +63,17 @@ def test_fp32(gamma: float, positive: bool, target_dtype: torch.dtype, backend: 
         excess = relative_error(ours, true) / limit
         worst = int(excess.argmax())
         assert excess[worst] <= 1, f"{name} at {x[worst]}: {ours[worst]} instead of {true[worst]}"
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_fp32_differentiated_by_torch(gamma: float, positive: bool, device: torch.device) -> None:
+    x, _, true_grad = exact(gamma, positive, torch.float32)
+    leaf = x.to(device).requires_grad_()
+    loss = bf.sigmoid_focal_loss(leaf, torch.full_like(leaf, positive).detach(), None, gamma, backend="eager")
+    (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+    limit = 4e-6 if gamma in (3, 4) else 0.0
+    assert (relative_error(grad.detach(), true_grad) / bound(gamma, x.double()).clamp_min(limit)).max() <= 1
 
 
 ASL = {"timm's": (4.0, 1.0, 0.05), "unclipped": (2.0, 0.0, 0.0), "fractions": (0.5, 2.5, 0.1)}

@@ -121,7 +121,7 @@ def denominators(spec: Spec, operands: Operands) -> Denominators:
     assert operands.weight is not None
     weights = operands.weight.to(spec.compute_dtype)[classes(operands)]
     total = torch.where(kept, weights, 0).sum()
-    return Denominators(torch.where(total == 0, 1, total), num_rows)
+    return Denominators(torch.where(total == 0, torch.inf, total), num_rows)  # where nothing counts, the mean is 0
 
 
 def logits(spec: Spec, x: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ class TrainerLoss:
                     "DataParallel; start one process a device (torchrun, accelerate launch)"
                 )
             found = of_trainer(self.loss, labels, num_labels, found)
-        return torch.where(found == 0, 1, found)  # nothing counts: the sum is 0, and so is the loss
+        # Nothing counts: the sum is 0, and so is the loss, but for what smoothing gives classes of weight 0.
+        return torch.where(found == 0, 1, found)
 
     def _move_to(self, device: torch.device) -> None:
         if any(buffer.device != device for buffer in self.loss.buffers()):
