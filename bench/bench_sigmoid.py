@@ -16,9 +16,9 @@ from .claims import Claim
 from .data import Targets
 from .measure import COPY
 from .peers import file_alone, library
-from .providers import Losses, compiled, ours, twins
+from .providers import Losses, at_first_call, compiled, ours, twins
 
-LOSSES = ("focal", "bce", "asl")
+LOSSES = ("focal", "bce", "asl", "focal module", "bce module")
 ALPHA, GAMMA = 0.25, 2.0
 GAMMA_NEG, GAMMA_POS, CLIP = 4.0, 1.0, 0.05
 # Neither a power of two nor small: what gradient accumulation over three batches passes back.
@@ -27,6 +27,7 @@ UPSTREAM = 1 / 3
 
 def oracle(loss: str, x: Tensor, y: Tensor) -> Tensor:
     """Every element's loss in float64, from torch's own logsigmoid and none of our algebra."""
+    loss = loss.removesuffix(" module")
     if loss == "asl":
         shifted = (torch.sigmoid(x) - CLIP).clamp(min=0)
         positive = torch.sigmoid(-x) ** GAMMA_POS * F.logsigmoid(x)
@@ -48,7 +49,12 @@ def _ours(backend: str) -> Losses:
     def asl(x: Tensor, y: Targets) -> Tensor:
         return bertloss_fast.asymmetric_loss(x, y, GAMMA_NEG, GAMMA_POS, CLIP, "mean", backend=backend)
 
-    return {name: (f"bertloss-fast, {backend}", f) for name, f in zip(LOSSES, (focal, bce, asl), strict=True)}
+    modules = (
+        at_first_call(lambda: bertloss_fast.SigmoidFocalLoss(ALPHA, GAMMA, "mean", backend=backend)),
+        at_first_call(lambda: bertloss_fast.BCEWithLogitsLoss(backend=backend)),
+    )
+    losses = zip(LOSSES, (focal, bce, asl, *modules), strict=True)
+    return {name: (f"bertloss-fast, {backend}", loss) for name, loss in losses}
 
 
 def formula_of_focal(x: Tensor, y: Tensor) -> Tensor:
@@ -101,7 +107,13 @@ def _timm_asl(x: Tensor, y: Tensor) -> Tensor:
 
 
 _OURS = ours(_ours)
-_EAGER: Losses = {**_torchvision_focal(), "bce": ("F.binary_cross_entropy_with_logits", torch_bce)}
+_FOCAL = _torchvision_focal()
+_EAGER: Losses = {
+    **_FOCAL,
+    "focal module": _FOCAL["focal"],  # torchvision has none
+    "bce": ("F.binary_cross_entropy_with_logits", torch_bce),
+    "bce module": ("torch.nn.BCEWithLogitsLoss", at_first_call(torch.nn.BCEWithLogitsLoss)),
+}
 PROVIDERS = (
     *_OURS,
     *twins(_OURS),
@@ -146,7 +158,15 @@ _SPARSE = tuple(
 )
 _SMALL_FOCAL = _focal(_SMALL, _FP32, _FP32, suite="small")
 _SMALL_BCE = _focal(_SMALL, _FP32, _FP32, suite="small", loss="bce", kinds=NO_LIBRARY)
-_SMALL_CASES = (_SMALL_FOCAL, replace(_SMALL_FOCAL, upstream=UPSTREAM, kinds=ALONE), _SMALL_BCE)
+_SMALL_FOCAL_MODULE = replace(_SMALL_FOCAL, loss="focal module", kinds=ALONE)
+_SMALL_BCE_MODULE = replace(_SMALL_BCE, loss="bce module", kinds=ALONE)
+_SMALL_CASES = (
+    _SMALL_FOCAL,
+    replace(_SMALL_FOCAL, upstream=UPSTREAM, kinds=ALONE),
+    _SMALL_BCE,
+    _SMALL_FOCAL_MODULE,
+    _SMALL_BCE_MODULE,
+)
 _MEMORY_FP32 = _focal(_WIDE, _FP32, _FP32, suite="memory")
 _MEMORY_BF16 = _focal(_WIDE, _BF16, _BF16, suite="memory", kinds=ALONE)
 # Five labels a row, as in extreme classification: dense targets beside SparseLabels.
@@ -209,8 +229,14 @@ _CPU_CLAIMS = (
     ),
     *(Claim(_MEMORY, case, "eager", at_most=2) for case in (_MEMORY_FP32, _MEMORY_BF16)),
     Claim("{}, extra peak memory beyond one gradient, MiB", _MEMORY_SPARSE, "eager", at_most=64, over_gradient=True),
-    Claim("{}, times the time of F.binary_cross_entropy_with_logits", _SMALL_BCE, "eager", "pytorch", at_most=1.5),
-    Claim(f"{{}}, times as fast as {_FORMULA}", _SMALL_FOCAL, "eager", "pytorch", at_least=1),
+    *(
+        Claim(f"{{}}, times the time of {peer}", case, "eager", "pytorch", at_most=1.5)
+        for case, peer in ((_SMALL_BCE, "F.binary_cross_entropy_with_logits"), (_SMALL_BCE_MODULE, "torch's module"))
+    ),
+    *(
+        Claim(f"{{}}, times as fast as {_FORMULA}", case, "eager", "pytorch", at_least=1)
+        for case in (_SMALL_FOCAL, _SMALL_FOCAL_MODULE)
+    ),
 )
 _GPU_CLAIMS = (
     Claim(_SHARE.format("{}", 5), _GPU_FOCAL, "triton", COPY, at_least=0.85),

@@ -41,14 +41,15 @@ def compiled(losses: Losses) -> Provider:
     )
 
 
+def at_first_call(make: Callable[[], MeanLoss]) -> MeanLoss:
+    """The loss that is made when it is asked for: who asks for another does not wait for it, nor for its error."""
+    made = cache(make)
+    return lambda x, y: made()(x, y)
+
+
 def _compiled(loss: MeanLoss) -> MeanLoss:
-    """At its first call: the import alone takes seconds."""
-
-    @cache
-    def first_call() -> MeanLoss:
-        return torch.compile(loss, dynamic=False, fullgraph=True)  # fullgraph: fail rather than run eagerly
-
-    return lambda x, y: first_call()(x, y)
+    # fullgraph: fail rather than run eagerly. The import alone takes seconds.
+    return at_first_call(lambda: torch.compile(loss, dynamic=False, fullgraph=True))
 
 
 def _why_not_ours(backend: str, device: torch.device) -> str | None:

@@ -249,6 +249,21 @@ def test_a_chosen_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs == ["triton", "eager", "triton"]
 
 
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("chosen", [None, "eager", "inductor", "triton"])
+@pytest.mark.parametrize("backend", [None, "eager", "inductor", "triton", "fast"])
+def test_small_batches_know_when_eager_is_chosen(
+    backend: str | None, chosen: str | None, interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_chosen", chosen)
+    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+    try:
+        found = dispatch.resolve(backend, torch.device("cpu"))
+    except ValueError:
+        found = "an error"
+    assert dispatch.is_eager_on_cpu(backend) == (found == "eager")
+
+
 def test_values_on_a_gpu_are_looked_at_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert not dispatch.can_check_values(gpu)

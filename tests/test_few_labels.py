@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -16,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import bertloss_fast as bf
 from bertloss_fast.ops.blocks import block_size
 from bertloss_fast.ops.few_labels import _FEW, find_few, take_apart
-from bertloss_fast.ops.small import small_cross_entropy, small_focal_loss
+from bertloss_fast.ops.small import small_binary_cross_entropy, small_cross_entropy, small_focal_loss
 from bertloss_fast.reference.sigmoid import Operands
 
 CPU = torch.device("cpu")
@@ -115,7 +120,7 @@ def test_a_small_batch_goes_straight_to_torch_s_autograd(loss: str, reduction: s
     found = made(backend="eager", reduction=reduction)(x, hard())
     true = oracle(exact, hard().double(), reduction=reduction)
     assert found.grad_fn is not None
-    assert found.grad_fn.name() in ("MeanBackward0", "SumBackward0")
+    assert found.grad_fn.name() == "MulBackward0"
     torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
     (ours,), (theirs,) = torch.autograd.grad(found / 3, x), torch.autograd.grad(true / 3, exact)
     torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=0)
@@ -164,11 +169,42 @@ def test_options_of_the_general_way(options: dict[str, Any]) -> None:
     ],
 )
 def test_what_goes_the_general_way(x: Any, y: Any, reduction: str) -> None:
-    assert small_cross_entropy(x, y, reduction, "eager") is None
+    assert small_binary_cross_entropy(x, y, reduction, "eager") is None
     assert small_focal_loss(x, y, 0.25, 2.0, reduction, "eager") is None
 
 
-@pytest.mark.parametrize("loss", [small_cross_entropy, partial(small_focal_loss, alpha=0.25, gamma=2.0)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_classes_of_a_small_batch_go_straight_to_torch_s_kernel(reduction: str) -> None:
+    x, classes = torch.linspace(-9, 9, 12).view(3, 4).requires_grad_(), torch.tensor([3, 0, 2])
+    exact = x.detach().double().requires_grad_()
+    found = bf.CrossEntropyLoss(reduction=reduction, backend="eager")(x, classes)
+    true = torch.nn.functional.cross_entropy(exact, classes, reduction=reduction)
+    assert found.grad_fn is not None
+    assert found.grad_fn.name() == "NllLossBackward0"
+    torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(y, v)[0].double() for y, v in ((found, x), (true, exact))))
+
+
+@pytest.mark.parametrize(
+    ("x", "classes"),
+    [
+        (torch.zeros(3, 4), torch.tensor([0, -100, 2])),
+        (torch.zeros(3, 4), torch.tensor([0, 4, 2])),
+        (torch.zeros(3, 4), torch.tensor([0, 1])),
+        (torch.zeros(3, 4), torch.tensor([0, 1, 2], dtype=torch.int32)),
+        (torch.zeros(3, 4), torch.zeros(3, 4)),
+        (torch.zeros(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])),
+        (torch.zeros(3, 4, 2), torch.zeros(3, 2, dtype=torch.int64)),
+        (torch.zeros(4), torch.tensor(0)),
+        (torch.zeros(100, 100), torch.zeros(100, dtype=torch.int64)),
+        (torch.zeros(3, 4), [0, 1, 2]),
+    ],
+)
+def test_classes_that_go_the_general_way(x: Tensor, classes: Any) -> None:
+    assert small_cross_entropy(x, classes, "mean", "eager") is None
+
+
+@pytest.mark.parametrize("loss", [small_binary_cross_entropy, partial(small_focal_loss, alpha=0.25, gamma=2.0)])
 def test_transforms_and_autocast(loss: Callable[..., Tensor | None]) -> None:
     found, x = [], torch.randn(3, 4)
 
@@ -239,3 +275,43 @@ def test_any_strides(make: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
     grads = [torch.autograd.grad(loss, leaf)[0].double() for loss, leaf in ((found, x), (true, exact))]
     torch.testing.assert_close(*grads, rtol=3e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["reduction", "backend"])
+@pytest.mark.parametrize("function", [bf.binary_cross_entropy_with_logits, bf.sigmoid_focal_loss])
+def test_an_option_of_a_small_batch_is_a_string(function: Callable[..., Tensor], name: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        function(torch.zeros(3, 4), hard(), **{"reduction": "mean", name: np.array(["mean", "eager"])})
+
+
+@pytest.mark.parametrize("numel", [2, 9000])
+def test_an_infinite_label_of_a_cross_entropy_counts_as_in_torch(numel: int) -> None:
+    x, y = torch.full((numel,), 2.0), hard().flatten()[:1].expand(numel).clone()
+    y[0] = torch.inf
+    found = bf.binary_cross_entropy_with_logits(x, y, backend="eager")
+    assert found == torch.nn.functional.binary_cross_entropy_with_logits(x, y) == -torch.inf
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0**24])
+@pytest.mark.parametrize("logit", [9e29, 1e34, 3e38])
+def test_a_huge_logit_has_its_gradient(logit: float, upstream: float) -> None:
+    x = torch.tensor([logit], requires_grad=True)
+    loss = bf.sigmoid_focal_loss(x, torch.zeros(1), None, 2.0, "sum", backend="eager")
+    (found,) = torch.autograd.grad(loss, x, torch.tensor(upstream))
+    assert found == upstream
+
+
+def test_a_first_import_among_fake_tensors() -> None:
+    """As by an export that traces a module's forward."""
+    program = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    import bertloss_fast as bf
+x, y = torch.zeros(3, 4), torch.zeros(3, 4)
+print(bf.binary_cross_entropy_with_logits(x, y).item(), bf.sigmoid_focal_loss(x, y, reduction="mean").item())
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [float(loss) for loss in done.stdout.split()] == pytest.approx([math.log(2), 0.75 * 0.25 * math.log(2)])

@@ -115,6 +115,17 @@ def test_a_call_s_own_options(name: str, device: torch.device, backend: str) -> 
     torch.testing.assert_close(call(module, x, y, normalizer=2.0), call(module, x, y) / 2)
 
 
+def test_a_call_without_options_takes_all_of_the_module_s(device: torch.device, backend: str) -> None:
+    """Binary cross-entropy hands them on by name then."""
+    weights = {"weight": torch.rand(L), "pos_weight": torch.rand(L) + 1}
+    module = bf.BCEWithLogitsLoss(**weights, ignore_index=-1, label_smoothing=0.2, backend=backend).to(device)
+    x, y = batch(device)
+    y = y.long()
+    y[0] = -1
+    alone, beside = module(x, y), module(x, y, mask=torch.ones_like(y, dtype=torch.bool))
+    torch.testing.assert_close(alone, beside)
+
+
 def test_state_dict_is_that_of_torch(device: torch.device) -> None:
     theirs = nn.BCEWithLogitsLoss(weight=torch.rand(L), pos_weight=torch.rand(L)).to(device)
     ours = bf.BCEWithLogitsLoss(weight=torch.ones(L), pos_weight=torch.ones(L)).to(device)

@@ -82,7 +82,7 @@ def loss_of_classes(
         names=(_LOGITS, "target"),
         **of_loss,
     )
-    operands = times_alpha(alpha, operands)
+    operands = times_alpha(alpha, spec, operands)
     layer = layer._replace(inputs=layer.inputs.reshape(rows, layer.inputs.shape[-1]))
     backend = dispatch.resolve(options.get("backend"), input.device)
     loss = linear_loss(Call("softmax", spec, operands, layer, backend, options.get("upstream_memory")))

@@ -353,7 +353,7 @@ def _loss(
 
 
 def check_choice(name: str, value: str | None, known: Sequence[str]) -> None:
-    if value is not None and value not in known:
+    if value is not None and not (isinstance(value, str) and value in known):
         raise ValueError(f"{name}: expected one of {', '.join(known)} or None, got {value!r}")
 
 

@@ -57,6 +57,13 @@ def check_options(options: RowOptions, known: type) -> None:
         raise TypeError(f"{unknown}: expected no such argument; the options are {', '.join(names)}")
 
 
+def are_plain(options: RowOptions) -> bool:
+    """Whether they leave the loss as its formula has it, and are valid but for the backend."""
+    if options.get("sample_weight") is not None or options.get("normalizer") is not None:
+        return False
+    return isinstance(options.get("upstream_memory"), UpstreamMemory | None)
+
+
 def prepare_rows(
     formula: str,
     params: tuple[float, ...],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..ops.small import small_cross_entropy, small_focal_loss
+from ..ops.small import small_binary_cross_entropy, small_focal_loss
 from ..ops.upstream import UpstreamMemory
 from ..targets import SparseLabels
 from .checks import LARGEST, check_fraction, check_inputs, check_number, one_reduction
@@ -139,7 +139,7 @@ def binary_cross_entropy_with_logits(
     plain = weight is None and pos_weight is None and sample_weight is None and mask is None and ignore_index is None
     smooth = label_smoothing.__class__ is not float or label_smoothing
     if plain and normalizer is None and not smooth and isinstance(upstream_memory, UpstreamMemory | None):
-        loss = small_cross_entropy(input, target, reduction, backend)
+        loss = small_binary_cross_entropy(input, target, reduction, backend)
         if loss is not None:
             return loss
     check_inputs("input", input)

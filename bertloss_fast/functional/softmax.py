@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
+from ..ops.small import small_cross_entropy
 from ..ops.softmax import softmax_loss
 from ..reference.softmax import Operands, Spec
 from .checks import (
@@ -22,6 +23,7 @@ from .rows import (
     IGNORED,
     ClassOptions,
     RowOptions,
+    are_plain,
     as_class_vector,
     check_options,
     check_smoothing,
@@ -103,6 +105,17 @@ def cross_entropy(
     check_options(options, RowOptions)
     softcap = 0.0 if logit_softcap is None else check_positive("logit_softcap", logit_softcap)
     z_loss = check_number("z_loss", z_loss, 0)
+    smooth = label_smoothing.__class__ is not float or label_smoothing
+    if (
+        not (z_loss or softcap or smooth or return_z_loss)
+        and weight is None
+        and ignore_index.__class__ is int
+        and ignore_index < 0
+        and are_plain(options)
+    ):
+        small = small_cross_entropy(input, target, reduction, options.get("backend"))
+        if small is not None:
+            return small
     of_classes: ClassOptions = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     spec, operands = prepare_classes(
         "cross_entropy",
@@ -174,7 +187,7 @@ def softmax_focal_loss(
     params = (check_number("gamma", gamma, 0),)
     check_classes_alone(targets)
     spec, operands = prepare_classes("focal", params, inputs, targets, reduction, options)
-    return _compute(spec, times_alpha(alpha, operands), options)
+    return _compute(spec, times_alpha(alpha, spec, operands), options)
 
 
 def poly_cross_entropy(
@@ -291,14 +304,16 @@ def ldam(
     return _compute(spec, operands._replace(margins=margins.to(inputs.device)), options)
 
 
-def times_alpha(alpha: Tensor | None, operands: Operands) -> Operands:
-    """With alpha, another name of the classes' weight."""
+def times_alpha(alpha: Tensor | None, spec: Spec, operands: Operands) -> Operands:
+    """With alpha, another name of the classes' weight; their product is as exact as the loss."""
     if alpha is None:
         return operands
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a tensor (C,), one value a class, or None; got {type(alpha).__name__}")
     as_class_vector("alpha", alpha, "inputs", operands.inputs)
-    return operands._replace(weight=alpha if operands.weight is None else alpha * operands.weight)
+    if operands.weight is not None:
+        alpha = alpha.to(spec.compute_dtype) * operands.weight.to(spec.compute_dtype)
+    return operands._replace(weight=alpha)
 
 
 def check_classes_alone(targets: Tensor, name: str = "targets") -> None:

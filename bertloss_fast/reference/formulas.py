@@ -209,8 +209,8 @@ def weighted(value: Tensor, factor: Factor) -> Tensor:
     return value if factor is None else value * factor
 
 
-def softplus_of(v: Tensor) -> Tensor:
-    return softplus(v, threshold=_LINEAR)
+def softplus_of(v: Tensor, beta: int = 1) -> Tensor:
+    return softplus(v, beta, _LINEAR)
 
 
 class _Torchs:
