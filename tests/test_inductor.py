@@ -147,11 +147,14 @@ def test_compiled_apart_from_hooks_and_autocast() -> None:
     torch.testing.assert_close(value_and_grad(loss, x), tuple(t.float() for t in expected), **TOLERANCE[torch.float32])
 
 
-def test_a_layer_on_it() -> None:
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("form", [torch.Tensor.float, bf.SparseLabels.from_dense])
+def test_a_layer_on_it(form: Callable[[Tensor], Tensor | bf.SparseLabels], chunk_size: int | None) -> None:
     """The chunks' passes are the family's."""
     hidden, weight = logits(9, 4, device=CPU), logits(12, 4, device=CPU, seed=5)
     y = uniform(9, 12, device=CPU) < 0.3
-    loss = bf.linear_sigmoid_focal_loss(hidden, weight, y, reduction="mean", backend="inductor")
+    options = {"reduction": "mean", "chunk_size": chunk_size, "backend": "inductor"}
+    loss = bf.linear_sigmoid_focal_loss(hidden, weight, form(y), **options)
     true = oracles.sigmoid_focal(hidden @ weight.T, y, reduction="mean")
     found, expected = (torch.autograd.grad(each, (hidden, weight)) for each in (loss, true))
     torch.testing.assert_close((loss, *found), (true, *expected), rtol=1e-10, atol=1e-12)

@@ -18,7 +18,7 @@ from ..reference import softmax as of_classes
 from . import sigmoid, softmax
 from .blocks import block_size
 from .families import Family, Saved, Wanted
-from .operands import as_matrices, cut_matrices
+from .operands import as_matrices, cut_matrices, with_dense_targets
 from .passes import denominator
 from .sparse import by_chunk
 
@@ -196,7 +196,8 @@ def _with_labels(operands: of_labels.Operands, crow: Tensor, col: Tensor, backen
     if backend != "triton":  # whose kernels alone find where they begin; a GPU waits
         col = col[int(crow[0]) : int(crow[-1])]
         crow = crow - crow[0]
-    return operands._replace(crow=crow, col=col)
+    operands = operands._replace(crow=crow, col=col)
+    return with_dense_targets(operands) if backend == "inductor" else operands
 
 
 def _cut_rows(operands: of_classes.Operands, layer: Layer, num_rows: int, steps: Steps, backend: str) -> Iterator[Part]:
