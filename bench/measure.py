@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
 
@@ -40,32 +40,58 @@ def measure_time(
     case: Case, providers: Sequence[Provider], oracle: Oracle, device: torch.device, budget: float
 ) -> list[Row]:
     """Check every provider that can run, then time the right ones in turns for about ``budget`` seconds."""
-    data = [make_data(case, device, seed) for seed in range(_num_copies(case, device))]
-    dense = [(inputs, as_tensor(targets)) for inputs, targets in data]
+    runs = _Runs(case, providers, device)
     rows = start_rows(case, providers, device)
-    by_name = {provider.name: provider for provider in providers}
-    losses = {row.provider: by_name[row.provider].losses[case.loss][1] for row in rows}
-    given = {row.provider: data if by_name[row.provider].sparse else dense for row in rows}
-
-    expected = Expected(case, oracle, *data[0])
+    expected = Expected(case, oracle, *runs.data[0])
     for row in rows:
         if row.status == "ok":
-            check(row, losses[row.provider], expected, *given[row.provider][0])
+            check(row, runs.loss(row), expected, *runs.given(row)[0])
     del expected
     right = [row for row in rows if row.status == "ok"]
-
-    runs = {row.provider: _rotate(case, losses[row.provider], given[row.provider]) for row in right}
     if case.suite not in ("small", "head"):  # which the host's part bounds, or the products
-        runs[COPY] = _copy(case, device)
         rows.append(Row(case, COPY, COPY))
-    host_counts = case.suite == "small" or device.type == "cpu"
-    times = interleave(runs, wall_sample if host_counts else _DeviceClock(), budget)
-    for row in rows:
-        if row.provider in times:
+    runs.time([row for row in rows if row.status == "ok"], budget)
+    measure_tails(case, oracle, device, [(row, runs.loss(row), runs.takes_sparse(row)) for row in right])
+    return rows
+
+
+def measure_again(rows: Sequence[Row], providers: Sequence[Provider], device: torch.device, budget: float) -> list[Row]:
+    """Time rows of a case that are right, and have been timed, once more."""
+    again = [replace(row, seconds=None) for row in rows]
+    _Runs(again[0].case, providers, device).time(again, budget)
+    return again
+
+
+class _Runs:
+    """What the providers of a case are run on, and how."""
+
+    def __init__(self, case: Case, providers: Sequence[Provider], device: torch.device) -> None:
+        self._case, self._device = case, device
+        self._providers = {provider.name: provider for provider in providers}
+        self.data = [make_data(case, device, seed) for seed in range(_num_copies(case, device))]
+        self._dense = [(inputs, as_tensor(targets)) for inputs, targets in self.data]
+
+    def loss(self, row: Row) -> MeanLoss:
+        return self._providers[row.provider].losses[self._case.loss][1]
+
+    def takes_sparse(self, row: Row) -> bool:
+        return self._providers[row.provider].sparse
+
+    def given(self, row: Row) -> Sequence[tuple[Tensor, Targets]]:
+        return self.data if self.takes_sparse(row) else self._dense
+
+    def time(self, rows: Sequence[Row], budget: float) -> None:
+        host_counts = self._case.suite == "small" or self._device.type == "cpu"
+        runs = {row.provider: self._run(row) for row in rows}
+        times = interleave(runs, wall_sample if host_counts else _DeviceClock(), budget)
+        for row in rows:
             seconds = times[row.provider]
             row.seconds, row.samples = Quartiles(*quantiles(seconds, n=4, method="inclusive")), len(seconds)
-    measure_tails(case, oracle, device, [(row, losses[row.provider], by_name[row.provider].sparse) for row in right])
-    return rows
+
+    def _run(self, row: Row) -> Callable[[], object]:
+        if row.provider == COPY:
+            return _copy(self._case, self._device)
+        return _rotate(self._case, self.loss(row), self.given(row))
 
 
 @dataclass

@@ -15,11 +15,11 @@ from . import families
 from .cases import COMPILED, SUITES, Case, start_rows, taking_part
 from .report import RESULTS, case_table, claims_table, missing, write_docs, write_run
 from .results import Results, environment
-from .single import run_case
+from .single import TWICE, run_case
 
 # Seconds of timing a case, beside its checks.
-_BUDGET = 2.0
-_QUICK_BUDGET = 1.0
+_BUDGET = 1.0
+_QUICK_BUDGET = 0.7
 _MINUTES = {"cpu": 9.5, "cuda": 7.5}
 # What a case takes beside: seconds to begin with, for what compiles, and for each logit and provider. On a CPU a dozen
 # passes of an unfused formula are repeated ten times, three times for memory; a GPU's case is bound by compiling.
@@ -80,7 +80,10 @@ def _estimate(case: Case, device: torch.device, left_out: frozenset[str]) -> flo
     kinds = [provider.kind for provider in providers if not provider.why_not(device)]
     first_calls = _BEGIN[device.type] + kinds.count(COMPILED) * _COMPILE[device.type]
     passes = len(kinds) * case.numel * _LOGIT[device.type]
-    return first_calls + (passes / 5 if case.suite == "memory" else passes + _BUDGET)
+    if case.suite == "memory":
+        return first_calls + passes / 5
+    processes = 2 if device.type == "cpu" and case.suite in TWICE else 1
+    return first_calls + processes * (passes + _BUDGET)
 
 
 def measure_all(
