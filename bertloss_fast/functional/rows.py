@@ -51,9 +51,9 @@ class ClassOptions(LabelOptions, total=False):
 
 
 def check_options(options: RowOptions, known: type) -> None:
-    names = list(known.__annotations__)
-    unknown = next((name for name in options if name not in names), None)
-    if unknown is not None:
+    names = known.__annotations__
+    if not options.keys() <= names.keys():
+        unknown = next(name for name in options if name not in names)
         raise TypeError(f"{unknown}: expected no such argument; the options are {', '.join(names)}")
 
 
