@@ -69,7 +69,7 @@ def test_fp32(gamma: float, positive: bool, target_dtype: torch.dtype, backend: 
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_fp32_differentiated_by_torch(gamma: float, positive: bool, device: torch.device) -> None:
     x, _, true_grad = exact(gamma, positive, torch.float32)
-    leaf = x.to(device).requires_grad_()
+    leaf = x.clone().to(device).requires_grad_()
     loss = bf.sigmoid_focal_loss(leaf, torch.full_like(leaf, positive).detach(), None, gamma, backend="eager")
     (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
     limit = 4e-6 if gamma in (3, 4) else 0.0
