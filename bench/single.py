@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -41,13 +42,15 @@ def run_case(case: Case, device: torch.device, budget: float, left_out: frozense
     if device.type != "cpu":
         return _measure(case, device, budget, left_out)
     try:
-        rows: list[Row] = _in_a_process(left_out, _run_alone, case, budget, left_out)
-        if case.suite in TWICE:
-            _take_quicker(rows, _in_a_process(left_out, _run_again, rows, budget, left_out))
+        rows = _in_a_process(left_out, _run_alone, case, budget, left_out)
     except BrokenProcessPool:  # the system's, when memory is out
         rows = start_rows(case, providers(case, left_out), device)
         for row in rows:
             row.status, row.note = "failed", "its process was ended"
+        return rows
+    if case.suite in TWICE:
+        with suppress(BrokenProcessPool):  # what the first one measured stands
+            _take_quicker(rows, _in_a_process(left_out, _run_again, rows, budget, left_out))
     return rows
 
 
