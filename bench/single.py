@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from . import preload
 from .cases import LIBRARY, Case, Row, start_rows
-from .families import family_of, imports, providers
+from .families import claims, family_of, imports, providers
 from .measure import COPY, measure_again, measure_time
 from .memory import measure_memory
 
@@ -33,8 +32,9 @@ _MALLOC = {
     "memory": {_MMAP_THRESHOLD: 1 << 16},
 }
 
-# Which memory a process got, and what its code lies beside in the caches, can cost it a third of its speed throughout.
-TWICE = ("sigmoid", "softmax", "small")
+# Which memory a process got, what its code lies beside in the caches, and who else uses the host at the time can cost
+# it a third of its speed throughout: these cases are run once more in another process, minutes later.
+TWICE = ("sigmoid", "softmax", "small", "listwise")
 
 
 def run_case(case: Case, device: torch.device, budget: float, left_out: frozenset[str] = frozenset()) -> list[Row]:
@@ -42,16 +42,20 @@ def run_case(case: Case, device: torch.device, budget: float, left_out: frozense
     if device.type != "cpu":
         return _measure(case, device, budget, left_out)
     try:
-        rows = _in_a_process(left_out, _run_alone, case, budget, left_out)
+        return _in_a_process(left_out, _run_alone, case, budget, left_out)
     except BrokenProcessPool:  # the system's, when memory is out
         rows = start_rows(case, providers(case, left_out), device)
         for row in rows:
             row.status, row.note = "failed", "its process was ended"
         return rows
-    if case.suite in TWICE:
-        with suppress(BrokenProcessPool):  # what the first one measured stands
-            _take_quicker(rows, _in_a_process(left_out, _run_again, rows, budget, left_out))
-    return rows
+
+
+def run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str] = frozenset()) -> bool:
+    """Time the rows of a case once more; whether that process was the quicker one, whose times they then have."""
+    try:
+        return _take_quicker(rows, _in_a_process(left_out, _run_again, rows, budget, left_out))
+    except BrokenProcessPool:  # what the first one measured stands
+        return False
 
 
 def _in_a_process(left_out: frozenset[str], function: Callable[..., list[Row]], *args: Any) -> list[Row]:
@@ -59,14 +63,16 @@ def _in_a_process(left_out: frozenset[str], function: Callable[..., list[Row]], 
         return pool.submit(function, *args).result()
 
 
-def _take_quicker(rows: Sequence[Row], again: Sequence[Row]) -> None:
+def _take_quicker(rows: Sequence[Row], again: Sequence[Row]) -> bool:
     """The times of the process that was quicker on the whole, in which all took turns."""
     by_name = {row.provider: row for row in rows}
     ratios = [other.seconds.median / row.seconds.median for other in again if (row := by_name[other.provider]).seconds]
-    if math.prod(ratios) < 1:
-        for other in again:
-            row = by_name[other.provider]
-            row.seconds, row.samples = other.seconds, other.samples
+    if math.prod(ratios) >= 1:
+        return False
+    for other in again:
+        row = by_name[other.provider]
+        row.seconds, row.samples = other.seconds, other.samples
+    return True
 
 
 def _context(left_out: frozenset[str]) -> BaseContext:
@@ -85,10 +91,11 @@ def _run_alone(case: Case, budget: float, left_out: frozenset[str]) -> list[Row]
 
 
 def _run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str]) -> list[Row]:
-    """Without other libraries, which take most of the time and which no claim is about."""
+    """Without other libraries that no claim is about, which take most of the time."""
     case = rows[0].case
     _prepare_process(case)
-    chosen = [provider for provider in providers(case, left_out) if provider.kind != LIBRARY]
+    peers = {claim.peer for claim in claims(torch.device("cpu")) if claim.case == case}
+    chosen = [provider for provider in providers(case, left_out) if provider.kind != LIBRARY or provider.name in peers]
     names = {COPY, *(provider.name for provider in chosen)}
     timed = [row for row in rows if row.seconds is not None and row.provider in names]
     return measure_again(timed, chosen, torch.device("cpu"), budget) if timed else []

@@ -17,7 +17,7 @@ from ..reference.formulas import LARGEST_GAMMA_BY_LERP
 from ..reference.sigmoid import LEAST_ALPHA_OF_A_LINE, Operands, Spec
 from .operands import is_plain
 
-Slot = Literal["v", "y", "q", "losses", "factor"]
+Slot = Literal["y", "q", "losses", "factor"]
 
 _LOG2_E = math.log2(math.e)
 # Where q ** gamma is one product.
@@ -63,8 +63,8 @@ class FewPasses:
         self._of = scratch.of
         self._gamma = spec.params[0] if spec.formula == "focal" else None
         self._of_negative = scale if spec.alpha is None else (1 - spec.alpha) * scale
-        # What a positive's weight is beside a negative's, less 1.
-        self._more = 0.0 if spec.alpha is None else spec.alpha / (1 - spec.alpha) - 1
+        # What a positive's signed weight is beside a negative's, less 1.
+        self._more = -2.0 if spec.alpha is None else -spec.alpha / (1 - spec.alpha) - 1
         self._upstream = 1.0 if upstream is None else upstream
         self._zero = torch.zeros((), dtype=torch.float32, device="cpu")
 
@@ -91,21 +91,26 @@ class FewPasses:
         """The sum of a block's losses. Losses are written to ``loss`` and slopes to ``grad``, if there is one.
 
         Targets are 0 and 1, or absent if all count as 0; losses that are ``left_out``, counted row after row, are 0.
-        None, with nothing written, where a loss is not finite or e to a logit is not: these formulas do not hold there.
+        None where a loss is not finite or e to a logit is not: these formulas do not hold, and what they wrote is void.
         """
-        x = self._in_float("v", part.inputs)
+        x = part.inputs
         y = None if part.targets is None else self._in_float("y", part.targets)
-        v = x if y is None else _flip(x, y, self._of("v", x))
-        losses, q = self._softplus_and_sigmoid(
-            v, precise=self._gamma is not None and part.inputs.dtype == torch.float32
-        )
-        factor = None if self._gamma is None else self._weight(q, y, self._gamma)
-        # The slope needs gamma times the loss: where there is one, that is what is computed.
-        times = 1.0 if self._gamma is None or grad is None else self._gamma
-        if factor is None:
+        losses, q = self._softplus_and_sigmoid(x, y, precise=self._gamma is not None and x.dtype == torch.float32)
+        place = grad if grad is not None and grad.dtype == q.dtype else q
+        times = 1.0
+        if self._gamma is None:
             losses.mul_(self._of_negative)
+            if grad is not None:
+                self._write(torch.mul(_flip(q, y, q), self._of_negative, out=place), grad)
         else:
+            # The slope needs gamma times the loss: where there is one, that is what is computed.
+            times = 1.0 if grad is None else self._gamma
+            factor = self._weight(q, y, self._gamma)
             self._product(losses, factor, times, losses)
+            if grad is not None:  # factor * (gamma * p * ce + q)
+                self._write(torch.lerp(losses, factor, q, out=place), grad)
+            if y is not None:
+                losses.abs_()
         if left_out is not None:
             clear(losses, left_out)
         total = losses.sum()
@@ -113,22 +118,21 @@ class FewPasses:
             return None
         if loss is not None:
             loss.copy_(losses if times == 1 else losses / times)
-        if grad is not None:
-            self._write_slopes(losses, q, factor, y, grad)
         return total if times == 1 else total / times
 
     def _in_float(self, slot: Slot, tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float32 else self._of(slot, tensor).copy_(tensor)
 
-    def _softplus_and_sigmoid(self, v: Tensor, *, precise: bool) -> tuple[Tensor, Tensor]:
-        """log(1 + e^v), infinite where e^v is, and e^v / (1 + e^v).
+    def _softplus_and_sigmoid(self, x: Tensor, y: Tensor | None, *, precise: bool) -> tuple[Tensor, Tensor]:
+        """Of v = (1 - 2y) x: log(1 + e^v), infinite where e^v is, and e^v / (1 + e^v).
 
         A power of 2 and a logarithm take two thirds of softplus's time. They are off by half a unit in the last place
         of the exponent, which is 1e-6 of e^v at 20 and 4e-6 at 80. A power of the quotient would be off by a multiple
         of that: where it is to be ``precise`` it is torch's sigmoid.
         """
-        exponential = torch.mul(v, _LOG2_E, out=self._of("losses", v)).exp2_()
-        q = self._of("q", v)
+        losses, q = self._of("losses", x), self._of("q", x)
+        v = _flip(self._in_float("losses", x), y, q if precise else losses)
+        exponential = torch.mul(v, _LOG2_E, out=losses).exp2_()
         if precise:
             torch.sigmoid(v, out=q)
         else:
@@ -136,23 +140,12 @@ class FewPasses:
         return exponential.log1p_(), q
 
     def _weight(self, q: Tensor, y: Tensor | None, gamma: float) -> Tensor:
-        """The class weight times q ** gamma."""
+        """The class weight times q ** gamma, with the sign that a slope in the logit has beside one in v."""
         out = self._of("factor", q)
         factor = torch.mul(q, self._of_negative, out=out) if gamma == 1 else self._product(q, q, self._of_negative, out)
-        if y is not None and self._more:
-            torch.addcmul(factor, factor, y, value=self._more, out=factor)
-        return factor
+        return factor if y is None else torch.addcmul(factor, factor, y, value=self._more, out=factor)
 
-    def _write_slopes(self, losses: Tensor, q: Tensor, factor: Tensor | None, y: Tensor | None, grad: Tensor) -> None:
-        """factor * (gamma * p * ce + q), of losses times gamma, or the class weight times q."""
-        has_place = grad.dtype == q.dtype
-        place = grad if has_place and y is None else self._of("v", q)
-        if factor is None:
-            slope = torch.mul(q, self._of_negative, out=place)
-        else:
-            slope = torch.lerp(losses, factor, q, out=place)
-        if y is not None:
-            slope = _flip(slope, y, grad if has_place else slope)
+    def _write(self, slope: Tensor, grad: Tensor) -> None:
         if self._upstream != 1:
             slope.mul_(self._upstream)
         if slope is not grad:
@@ -169,6 +162,6 @@ def clear(values: Tensor, offsets: Tensor) -> None:
     values.index_put_((offsets // width, offsets % width), values.new_zeros(()))  # put_ is called not deterministic
 
 
-def _flip(values: Tensor, y: Tensor, out: Tensor) -> Tensor:
+def _flip(values: Tensor, y: Tensor | None, out: Tensor) -> Tensor:
     """values where y is 0 and -values where it is 1: exactly, or infinite beyond half of the largest number."""
-    return torch.addcmul(values, values, y, value=-2, out=out)
+    return values if y is None else torch.addcmul(values, values, y, value=-2, out=out)
