@@ -33,6 +33,8 @@ _MAX_ROUNDS = 500
 _SAMPLE_SECONDS = 2e-3
 # A round in which eager formulas of a second a step take part would leave the others few rounds.
 _SLOW_SECONDS = 0.2
+# So much of a call is no first allocation.
+_LONG_SECONDS = 2.0
 _MIN_SAMPLES, _MIN_SLOW_SAMPLES = 5, 3
 
 
@@ -106,7 +108,9 @@ class _Turns:
 
     @classmethod
     def of(cls, run: Callable[[], object], sample: Sampler) -> _Turns:
-        seconds = min(sample(run, 1), sample(run, 1))  # the second finds every allocation made
+        seconds = sample(run, 1)
+        if seconds < _LONG_SECONDS:
+            seconds = min(seconds, sample(run, 1))  # which finds every allocation made
         slow = seconds >= _SLOW_SECONDS
         calls = max(1, min(1000, math.ceil(_SAMPLE_SECONDS / seconds)))
         return cls(run, calls, 4 if slow else 1, _MIN_SLOW_SAMPLES if slow else _MIN_SAMPLES)

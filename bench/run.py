@@ -99,26 +99,36 @@ def measure_all(
 ) -> None:
     """Fill a run case by case, and keep each at once: what is measured survives what comes after it.
 
-    A case that would last beyond ``end``, a time of the monotonic clock, is noted as skipped; if it would for the
-    second time, what the first one measured stands.
+    A case that would last beyond ``end``, a time of the monotonic clock, is noted as skipped. Second processes begin
+    with the shortest cases; where there is no time for one, what the first has measured stands.
     """
     budget = _QUICK_BUDGET if run.environment["quick"] else _BUDGET
-    visits = [(case, False) for case in chosen] + [(case, True) for case in _chosen_again(chosen, device)]
-    by_case: dict[Case, list[Row]] = {}
-    for case, again in (progress := tqdm(visits, unit="case", dynamic_ncols=True, disable=None)):
-        progress.set_description(f"{case.suite}{', once more' if again else ''}: {case.title}")
-        in_time = time.monotonic() + _estimate(case, device, left_out) <= end
-        if again:
-            if not (in_time and run_again(by_case[case], budget, left_out)):
-                continue
-        elif in_time:
-            by_case[case] = run_case(case, device, budget, left_out)
-        else:
-            by_case[case] = _skipped(case, device, left_out)
-        run.rows = [row for rows in by_case.values() for row in rows]
-        tqdm.write(case_table(by_case[case]))
+    again = _chosen_again(chosen, device)
+    took: dict[Case, float] = {}
+
+    def show(rows: list[Row]) -> None:
+        tqdm.write(case_table(rows))
         if folder is not None:
             run.save(folder)
+
+    with tqdm(total=len(chosen) + len(again), unit="case", dynamic_ncols=True, disable=None) as progress:
+        for case in chosen:
+            progress.set_description(f"{case.suite}: {case.title}")
+            begin = time.monotonic()
+            if begin + _estimate(case, device, left_out) > end:
+                rows = _skipped(case, device, left_out)
+            else:
+                rows = run_case(case, device, budget, left_out)
+            took[case] = time.monotonic() - begin
+            run.rows += rows
+            show(rows)
+            progress.update()
+        for case in sorted(again, key=took.__getitem__):
+            progress.set_description(f"{case.suite}, once more: {case.title}")
+            rows = [row for row in run.rows if row.case == case]
+            if time.monotonic() + took[case] <= end and run_again(rows, budget, left_out):
+                show(rows)
+            progress.update()
 
 
 def _skipped(case: Case, device: torch.device, left_out: frozenset[str]) -> list[Row]:

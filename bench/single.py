@@ -52,6 +52,8 @@ def run_case(case: Case, device: torch.device, budget: float, left_out: frozense
 
 def run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str] = frozenset()) -> bool:
     """Time the rows of a case once more; whether that process was the quicker one, whose times they then have."""
+    if not any(row.seconds for row in rows):
+        return False
     try:
         return _take_quicker(rows, _in_a_process(left_out, _run_again, rows, budget, left_out))
     except BrokenProcessPool:  # what the first one measured stands
@@ -98,7 +100,7 @@ def _run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str]) -> 
     chosen = [provider for provider in providers(case, left_out) if provider.kind != LIBRARY or provider.name in peers]
     names = {COPY, *(provider.name for provider in chosen)}
     timed = [row for row in rows if row.seconds is not None and row.provider in names]
-    return measure_again(timed, chosen, torch.device("cpu"), budget) if timed else []
+    return measure_again(timed, chosen, torch.device("cpu"), budget)
 
 
 def _prepare_process(case: Case) -> None:

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_head, bench_listwise, bench_sigmoid, bench_softmax, charts, check, families, peers, report, run
+from bench import (
+    bench_head,
+    bench_listwise,
+    bench_sigmoid,
+    bench_softmax,
+    charts,
+    check,
+    families,
+    peers,
+    report,
+    run,
+    single,
+)
 from bench.cases import EVERYONE, Case, Quartiles, Row
 from bench.claims import Claim
 from bench.compare import compare
@@ -31,6 +43,26 @@ def test_a_run_ends_in_time_with_what_it_did_not_reach_named(capsys):
     shown = capsys.readouterr().out
     assert "the run's time was over" in shown
     assert "claims" not in shown
+
+
+def test_times_are_those_of_the_process_that_was_quicker_on_the_whole(monkeypatch, capsys):
+    """That is the second one of focal and the first one of BCE; the second ones come when all cases had their first."""
+    quick, slow = {"eager": 1.0, "pytorch": 4.0, COPY: 1.0}, {"eager": 2.0, "pytorch": 3.0, COPY: 1.0}
+    visits = []
+
+    def rows_of(case, visit):
+        visits.append((case.loss, visit))
+        return _run_of(case, **(quick if (case.loss == "focal") == (visit == 2) else slow)).rows
+
+    monkeypatch.setattr(run, "run_case", lambda case, *others: rows_of(case, 1))
+    monkeypatch.setattr(single, "_in_a_process", lambda left_out, function, rows, *others: rows_of(rows[0].case, 2))
+    cases = [TIME, replace(TIME, loss="bce"), MEMORY]
+    results = Results({"quick": False})
+    run.measure_all(results, cases, CPU, frozenset(), math.inf, None)
+    assert visits[:3] == [("focal", 1), ("bce", 1), ("bce", 1)]
+    assert sorted(visits[3:]) == [("bce", 2), ("focal", 2)]
+    assert [row.seconds.median for row in results.rows if row.case.suite != "memory"] == [*quick.values()] * 2
+    assert capsys.readouterr().out.count("focal") == 2  # once more with other figures
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
