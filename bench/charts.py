@@ -74,8 +74,6 @@ def _against_size(rows: list[Row]) -> Figure | None:
     """A panel for each loss that was timed at three sizes or more, all else alike."""
     groups: dict[Case, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.case.suite == "listwise" and row.provider == COPY:
-            continue  # pairs of documents are no matter of bandwidth
         if row.seconds is not None and row.case.features is None and row.case.upstream == 1:
             groups[replace(row.case, shape=(0, 0), suite="", kinds=())].append(row)
     panels = [group for group in groups.values() if len({row.case.shape for row in group}) >= 3]
@@ -180,8 +178,8 @@ def _share(rows: list[Row]) -> Figure | None:
     copies = {row.case: row.seconds.median for row in rows if row.provider == COPY and row.seconds}
 
     def of_copy(row: Row) -> float | None:
-        if row.provider == COPY or row.seconds is None or row.case not in copies or row.case.suite == "listwise":
-            return None  # pairs of documents are no matter of bandwidth
+        if row.provider == COPY or row.seconds is None or row.case not in copies:
+            return None
         return 100 * copies[row.case] / row.seconds.median
 
     return _dots(rows, of_copy, "% of the bandwidth of a copy of as many bytes, in the same run")

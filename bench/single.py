@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from . import preload
-from .cases import LIBRARY, Case, Row, start_rows
-from .families import claims, family_of, imports, providers
+from .cases import LIBRARY, Case, Row, start_rows, taking_part
+from .families import family_of, imports, providers
 from .measure import COPY, measure_again, measure_time
 from .memory import measure_memory
 
@@ -93,11 +93,12 @@ def _run_alone(case: Case, budget: float, left_out: frozenset[str]) -> list[Row]
 
 
 def _run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str]) -> list[Row]:
-    """Without other libraries that no claim is about, which take most of the time."""
+    """Without other libraries, which take most of the time, where PyTorch itself is a peer."""
     case = rows[0].case
     _prepare_process(case)
-    peers = {claim.peer for claim in claims(torch.device("cpu")) if claim.case == case}
-    chosen = [provider for provider in providers(case, left_out) if provider.kind != LIBRARY or provider.name in peers]
+    chosen = taking_part(case, providers(case, left_out))
+    if any(provider.kind != LIBRARY and not provider.ours for provider in chosen):
+        chosen = [provider for provider in chosen if provider.kind != LIBRARY]
     names = {COPY, *(provider.name for provider in chosen)}
     timed = [row for row in rows if row.seconds is not None and row.provider in names]
     return measure_again(timed, chosen, torch.device("cpu"), budget)

@@ -97,14 +97,13 @@ class FewPasses:
         y = None if part.targets is None else self._in_float("y", part.targets)
         losses, q = self._softplus_and_sigmoid(x, y, precise=self._gamma is not None and x.dtype == torch.float32)
         place = grad if grad is not None and grad.dtype == q.dtype else q
-        times = 1.0
+        # The focal loss's slope needs gamma times the loss: where there is one, that is what is computed.
+        times = 1.0 if self._gamma is None or grad is None else self._gamma
         if self._gamma is None:
             losses.mul_(self._of_negative)
             if grad is not None:
                 self._write(torch.mul(_flip(q, y, q), self._of_negative, out=place), grad)
         else:
-            # The slope needs gamma times the loss: where there is one, that is what is computed.
-            times = 1.0 if grad is None else self._gamma
             factor = self._weight(q, y, self._gamma)
             self._product(losses, factor, times, losses)
             if grad is not None:  # factor * (gamma * p * ce + q)
