@@ -147,13 +147,21 @@ def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Axes
 
 
 def _plain_numbers(axis: Axes) -> None:
-    """100k rather than 10^5; and 20 between, where an axis has few decades."""
+    """100k rather than 10^5; and 20k between, where an axis has few decades."""
     from matplotlib.ticker import EngFormatter, LogFormatter
+
+    thousands = EngFormatter(sep="")
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            if not super().__call__(x, pos):  # a tick between others that has no label
+                return ""
+            return f"{x:g}" if x < 1000 else thousands(x, pos)
 
     for direction in (axis.xaxis, axis.yaxis):
         if direction.get_scale() == "log":
-            direction.set_major_formatter(EngFormatter(sep=""))
-            direction.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            direction.set_major_formatter(Plain())
+            direction.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))
     axis.tick_params(which="minor", labelsize=7)
 
 
