@@ -33,7 +33,7 @@ _MAX_ROUNDS = 500
 _SAMPLE_SECONDS = 2e-3
 # A round in which eager formulas of a second a step take part would leave the others few rounds.
 _SLOW_SECONDS = 0.2
-# One such call tells.
+# Of calls as long as that one tells how many make a sample.
 _LONG_SECONDS = 2.0
 _MIN_SAMPLES, _MIN_SLOW_SAMPLES = 5, 3
 
@@ -50,7 +50,7 @@ def measure_time(
             check(row, runs.loss(row), expected, *runs.given(row)[0])
     del expected
     right = [row for row in rows if row.status == "ok"]
-    if case.suite not in ("small", "listwise", "head"):  # which the host's part bounds, the pairs, or the products
+    if case.suite not in ("small", "listwise", "head"):  # whose bound is the host, the pairs, or the matrix product
         rows.append(Row(case, COPY, COPY))
     runs.time([row for row in rows if row.status == "ok"], budget)
     measure_tails(case, oracle, device, [(row, runs.loss(row), runs.takes_sparse(row)) for row in right])
@@ -63,7 +63,7 @@ def measure_again(rows: Sequence[Row], providers: Sequence[Provider], device: to
     runs = _Runs(again[0].case, providers, device)
     for row in again:
         if row.provider != COPY:
-            step(row.case, runs.loss(row), *runs.given(row)[0])  # to compile, which the check did in the first process
+            step(row.case, runs.loss(row), *runs.given(row)[0])  # compiles, as the check did in the first process
     runs.time(again, budget)
     return again
 
@@ -102,7 +102,7 @@ class _Runs:
 
 @dataclass
 class _Turns:
-    """How a run, which is warm, takes part: so many calls a sample, in every ``stride``-th round, ``least`` times."""
+    """How a run takes part: so many calls a sample, in every ``stride``-th round, at least ``least`` times."""
 
     run: Callable[[], object]
     calls: int
@@ -114,7 +114,7 @@ class _Turns:
     def of(cls, run: Callable[[], object], sample: Sampler) -> _Turns:
         seconds = sample(run, 1)
         if seconds < _LONG_SECONDS:
-            seconds = min(seconds, sample(run, 1))
+            seconds = min(seconds, sample(run, 1))  # which finds every allocation made
         slow = seconds >= _SLOW_SECONDS
         calls = max(1, min(1000, math.ceil(_SAMPLE_SECONDS / seconds)))
         return cls(run, calls, 4 if slow else 1, _MIN_SLOW_SAMPLES if slow else _MIN_SAMPLES)

@@ -48,13 +48,13 @@ gradient's, in units of its largest element. The tails are another matter: sure 
 ±20 to ±80. That figure is the worst relative error of the loss and of any element of the gradient whose true value is a
 normal number of its dtype. 1 means that nothing of it is left; bfloat16's own rounding is 4e-03.
 
-On a CPU each case has a process of its own; and, if it neither measures memory nor has a layer and time is left, a
-second one when all have had their first, in which all are timed once more (but for other libraries, where PyTorch is a
-peer): by the memory that it got, or by who else used the host just then, a process can be slow throughout. The times
-are those of the one that was quicker on the whole. The allocator is malloc as it is, as a user's process has it; or is
-made to keep freed memory, as jemalloc or a warm heap does ("kept pages"); or to hand large tensors back at once, as
-glibc does with any above 32 MiB ("fresh pages"): the system then clears new pages for each temporary, which is most of
-an unfused formula's time. Left to itself glibc does either at most of these sizes. Small batches run on one thread.
+On a CPU each case has a process of its own. When all have had theirs, those that measure time, but for layers, have a
+second one, the shortest first, while there is time: by the memory that it got, or by who else used the host just then,
+a process can be slow throughout. The times of a case are those of the process that was quicker on the whole. The
+allocator is malloc as it is, as a user's process has it; or is made to keep freed memory, as jemalloc or a warm heap
+does ("kept pages"); or to hand large tensors back at once, as glibc does with any above 32 MiB ("fresh pages"): the
+system then clears new pages for each temporary, which is most of an unfused formula's time. Left to itself glibc does
+either at most of these sizes. Small batches run on one thread.
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,14 +15,18 @@ from . import families
 from .cases import COMPILED, SUITES, Case, Row, start_rows, taking_part
 from .report import RESULTS, case_table, claims_table, missing, write_docs, write_run
 from .results import Results, environment
-from .single import TWICE, run_again, run_case
+from .single import run_again, run_case
 
 # Seconds of timing a case, beside its checks.
 _BUDGET = 1.0
 _QUICK_BUDGET = 0.7
 _MINUTES = {"cpu": 9.5, "cuda": 7.5}
-# What a case takes beside: seconds to begin with, for what compiles, and for each logit and provider. On a CPU a dozen
-# passes of an unfused formula are repeated ten times, three times for memory; a GPU's case is bound by compiling.
+# Which memory a process got, what its code lies beside in the caches, and who else uses the host at the time can cost
+# it a third of its speed throughout: on a CPU these suites are timed in two, minutes apart.
+_TIMED_TWICE = ("sigmoid", "softmax", "small", "listwise")
+# What a case takes beside: seconds to begin with, for what compiles, and for each provider and logit, of documents each
+# pair. On a CPU a dozen passes of an unfused formula are repeated ten times, three times for memory; a GPU's case is
+# bound by compiling.
 _BEGIN, _COMPILE = {"cpu": 0.5, "cuda": 1.0}, {"cpu": 7.0, "cuda": 4.0}
 _LOGIT = {"cpu": 2e-7, "cuda": 2e-9}
 
@@ -75,19 +79,15 @@ def _announce(run: Results, chosen: Sequence[Case], device: torch.device, left_o
 
 
 def _estimate(case: Case, device: torch.device, left_out: frozenset[str]) -> float:
-    """Seconds that a case takes, about."""
+    """Seconds that a process of a case takes, about."""
     providers = taking_part(case, families.providers(case, left_out))
     kinds = [provider.kind for provider in providers if not provider.why_not(device)]
     first_calls = _BEGIN[device.type] + kinds.count(COMPILED) * _COMPILE[device.type]
-    pairs = case.shape[1] if case.suite == "listwise" else 1
-    passes = len(kinds) * case.numel * pairs * _LOGIT[device.type]
+    partners = case.shape[1] if case.suite == "listwise" else 1
+    passes = len(kinds) * case.numel * partners * _LOGIT[device.type]
     if case.suite == "memory":
         return first_calls + passes / 5
     return first_calls + passes + _BUDGET
-
-
-def _chosen_again(chosen: Sequence[Case], device: torch.device) -> list[Case]:
-    return [case for case in chosen if device.type == "cpu" and case.suite in TWICE]
 
 
 def measure_all(
@@ -100,36 +100,41 @@ def measure_all(
 ) -> None:
     """Fill a run case by case, and keep each at once: what is measured survives what comes after it.
 
-    A case that would last beyond ``end``, a time of the monotonic clock, is noted as skipped. Second processes begin
-    with the shortest cases; where there is no time for one, what the first has measured stands.
+    A case that would last beyond ``end``, a time of the monotonic clock, is noted as skipped.
     """
     budget = _QUICK_BUDGET if run.environment["quick"] else _BUDGET
-    again = _chosen_again(chosen, device)
     took: dict[Case, float] = {}
+    for case in _progress(chosen, ""):
+        begin = time.monotonic()
+        if begin + _estimate(case, device, left_out) > end:
+            rows = _skipped(case, device, left_out)
+        else:
+            rows = run_case(case, device, budget, left_out)
+        took[case] = time.monotonic() - begin
+        run.rows += rows
+        _keep(run, rows, folder)
+    # The shortest first, so that most get a second process; where there is no time for one, what the first measured
+    # stands.
+    for case in _progress(sorted(_chosen_again(chosen, device), key=took.__getitem__), ", once more"):
+        rows = [row for row in run.rows if row.case == case]
+        if time.monotonic() + took[case] <= end and run_again(rows, budget, left_out):
+            _keep(run, rows, folder)
 
-    def show(rows: list[Row]) -> None:
-        tqdm.write(case_table(rows))
-        if folder is not None:
-            run.save(folder)
 
-    with tqdm(total=len(chosen) + len(again), unit="case", dynamic_ncols=True, disable=None) as progress:
-        for case in chosen:
-            progress.set_description(f"{case.suite}: {case.title}")
-            begin = time.monotonic()
-            if begin + _estimate(case, device, left_out) > end:
-                rows = _skipped(case, device, left_out)
-            else:
-                rows = run_case(case, device, budget, left_out)
-            took[case] = time.monotonic() - begin
-            run.rows += rows
-            show(rows)
-            progress.update()
-        for case in sorted(again, key=took.__getitem__):
-            progress.set_description(f"{case.suite}, once more: {case.title}")
-            rows = [row for row in run.rows if row.case == case]
-            if time.monotonic() + took[case] <= end and run_again(rows, budget, left_out):
-                show(rows)
-            progress.update()
+def _chosen_again(chosen: Sequence[Case], device: torch.device) -> list[Case]:
+    return [case for case in chosen if device.type == "cpu" and case.suite in _TIMED_TWICE]
+
+
+def _progress(chosen: Sequence[Case], what: str) -> Iterator[Case]:
+    for case in (progress := tqdm(chosen, unit="case", dynamic_ncols=True, disable=None)):
+        progress.set_description(f"{case.suite}{what}: {case.title}")
+        yield case
+
+
+def _keep(run: Results, rows: list[Row], folder: Path | None) -> None:
+    tqdm.write(case_table(rows))
+    if folder is not None:
+        run.save(folder)
 
 
 def _skipped(case: Case, device: torch.device, left_out: frozenset[str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""One case: on a GPU in this process, on a CPU in one of its own, where malloc is told what to do with memory."""
+"""A case: on a GPU in this process, on a CPU in one or two of its own, where malloc is told what to do with memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from . import preload
-from .cases import LIBRARY, Case, Row, start_rows, taking_part
+from .cases import Case, Row, start_rows
 from .families import family_of, imports, providers
-from .measure import COPY, measure_again, measure_time
+from .measure import measure_again, measure_time
 from .memory import measure_memory
 
 # What mallopt(3) calls M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX.
@@ -31,10 +31,6 @@ _MALLOC = {
     # Everything goes back at once, so that no provider lives on what another one freed.
     "memory": {_MMAP_THRESHOLD: 1 << 16},
 }
-
-# Which memory a process got, what its code lies beside in the caches, and who else uses the host at the time can cost
-# it a third of its speed throughout: these cases are run once more in another process, minutes later.
-TWICE = ("sigmoid", "softmax", "small", "listwise")
 
 
 def run_case(case: Case, device: torch.device, budget: float, left_out: frozenset[str] = frozenset()) -> list[Row]:
@@ -51,11 +47,12 @@ def run_case(case: Case, device: torch.device, budget: float, left_out: frozense
 
 
 def run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str] = frozenset()) -> bool:
-    """Time the rows of a case once more; whether that process was the quicker one, whose times they then have."""
-    if not any(row.seconds for row in rows):
+    """Time a case's rows in a second process, and take its times if it was quicker; whether it was."""
+    timed = [row for row in rows if row.seconds is not None]
+    if not timed:
         return False
     try:
-        return _take_quicker(rows, _in_a_process(left_out, _run_again, rows, budget, left_out))
+        return _take_quicker(timed, _in_a_process(left_out, _run_again, timed, budget, left_out))
     except BrokenProcessPool:  # what the first one measured stands
         return False
 
@@ -67,13 +64,11 @@ def _in_a_process(left_out: frozenset[str], function: Callable[..., list[Row]], 
 
 def _take_quicker(rows: Sequence[Row], again: Sequence[Row]) -> bool:
     """The times of the process that was quicker on the whole, in which all took turns."""
-    by_name = {row.provider: row for row in rows}
-    ratios = [other.seconds.median / row.seconds.median for other in again if (row := by_name[other.provider]).seconds]
-    if math.prod(ratios) >= 1:
+    pairs = list(zip(rows, again, strict=True))
+    if math.prod(new.seconds.median / row.seconds.median for row, new in pairs if row.seconds and new.seconds) >= 1:
         return False
-    for other in again:
-        row = by_name[other.provider]
-        row.seconds, row.samples = other.seconds, other.samples
+    for row, new in pairs:
+        row.seconds, row.samples = new.seconds, new.samples
     return True
 
 
@@ -93,15 +88,8 @@ def _run_alone(case: Case, budget: float, left_out: frozenset[str]) -> list[Row]
 
 
 def _run_again(rows: Sequence[Row], budget: float, left_out: frozenset[str]) -> list[Row]:
-    """Without other libraries, which take most of the time, where PyTorch itself is a peer."""
-    case = rows[0].case
-    _prepare_process(case)
-    chosen = taking_part(case, providers(case, left_out))
-    if any(provider.kind != LIBRARY and not provider.ours for provider in chosen):
-        chosen = [provider for provider in chosen if provider.kind != LIBRARY]
-    names = {COPY, *(provider.name for provider in chosen)}
-    timed = [row for row in rows if row.seconds is not None and row.provider in names]
-    return measure_again(timed, chosen, torch.device("cpu"), budget)
+    _prepare_process(rows[0].case)
+    return measure_again(rows, providers(rows[0].case, left_out), torch.device("cpu"), budget)
 
 
 def _prepare_process(case: Case) -> None:

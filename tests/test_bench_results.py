@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,10 @@ from bench import (
     run,
     single,
 )
-from bench.cases import EVERYONE, Case, Quartiles, Row
+from bench.cases import ALONE, EVERYONE, Case, Quartiles, Row
 from bench.claims import Claim
 from bench.compare import compare
-from bench.measure import COPY
+from bench.measure import COPY, measure_again, measure_time
 from bench.results import Results
 
 CPU = torch.device("cpu")
@@ -45,24 +46,72 @@ def test_a_run_ends_in_time_with_what_it_did_not_reach_named(capsys):
     assert "claims" not in shown
 
 
-def test_times_are_those_of_the_process_that_was_quicker_on_the_whole(monkeypatch, capsys):
-    """That is the second one of focal and the first one of BCE; the second ones come when all cases had their first."""
+@pytest.fixture
+def processes(monkeypatch):
+    """A run of focal, which takes 2 seconds, BCE, which takes 1, and memory; what it did in which order.
+
+    In the first process ``slow`` is what is measured, in the second ``quick``, but of BCE the other way round.
+    """
     quick, slow = {"eager": 1.0, "pytorch": 4.0, COPY: 1.0}, {"eager": 2.0, "pytorch": 3.0, COPY: 1.0}
-    visits = []
+    visits, clock = [], [0.0]
 
     def rows_of(case, visit):
         visits.append((case.loss, visit))
+        clock[0] += 2 if case.loss == "focal" else 1
         return _run_of(case, **(quick if (case.loss == "focal") == (visit == 2) else slow)).rows
 
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "_estimate", lambda *others: 0)
     monkeypatch.setattr(run, "run_case", lambda case, *others: rows_of(case, 1))
     monkeypatch.setattr(single, "_in_a_process", lambda left_out, function, rows, *others: rows_of(rows[0].case, 2))
-    cases = [TIME, replace(TIME, loss="bce"), MEMORY]
-    results = Results({"quick": False})
-    run.measure_all(results, cases, CPU, frozenset(), math.inf, None)
-    assert visits[:3] == [("focal", 1), ("bce", 1), ("bce", 1)]
-    assert sorted(visits[3:]) == [("bce", 2), ("focal", 2)]
-    assert [row.seconds.median for row in results.rows if row.case.suite != "memory"] == [*quick.values()] * 2
-    assert capsys.readouterr().out.count("focal") == 2  # once more with other figures
+
+    def measure(end=math.inf):
+        results = Results({"quick": False})
+        run.measure_all(results, [TIME, replace(TIME, loss="bce"), MEMORY], CPU, frozenset(), end, None)
+        times = [{row.provider: row.seconds.median for row in results.rows if row.case.loss == "focal"}]
+        times.append(
+            {row.provider: row.seconds.median for row in results.rows if row.case == replace(TIME, loss="bce")}
+        )
+        return visits, [{(1.0, 4.0): "quick", (2.0, 3.0): "slow"}[t["eager"], t["pytorch"]] for t in times]
+
+    return measure
+
+
+FIRST = [("focal", 1), ("bce", 1), ("bce", 1)]
+
+
+@pytest.mark.parametrize(
+    ("end", "second", "kept"),
+    [
+        (math.inf, [("bce", 2), ("focal", 2)], ["quick", "quick"]),
+        (6.0, [("bce", 2)], ["slow", "quick"]),
+        (4.5, [], ["slow", "quick"]),
+    ],
+    ids=["with time", "for one", "for none"],
+)
+def test_the_quicker_process_counts_and_the_shortest_case_has_its_second_first(processes, end, second, kept, capsys):
+    assert processes(end) == (FIRST + second, kept)
+    assert capsys.readouterr().out.count(TIME.title) == (2 if kept[0] == "quick" else 1)
+
+
+def test_a_second_process_that_ends_leaves_what_the_first_measured(processes, monkeypatch):
+    def end(*others):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(single, "_in_a_process", end)
+    assert processes() == (FIRST, ["slow", "quick"])
+
+
+def test_what_is_timed_again_is_what_was():
+    case = replace(TIME, kinds=ALONE)
+    rows = measure_time(case, families.providers(case), bench_sigmoid.oracle, CPU, budget=0.0)
+    timed = [row for row in rows if row.seconds is not None]
+    again = measure_again(timed, families.providers(case), CPU, budget=0.0)
+    assert [row.provider for row in again] == [row.provider for row in timed]
+    assert {COPY, "eager", "pytorch"} <= {row.provider for row in again}
+    for row, new in zip(timed, again, strict=True):
+        assert new.seconds != row.seconds
+        assert replace(new, seconds=row.seconds, samples=row.samples) == row
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):

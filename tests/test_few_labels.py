@@ -21,7 +21,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 import bertloss_fast as bf
 from bertloss_fast.ops.blocks import block_size
 from bertloss_fast.ops.few_labels import _FEW, find_few, take_apart
-from bertloss_fast.ops.small import small_binary_cross_entropy, small_cross_entropy, small_focal_loss
+from bertloss_fast.ops.small import (
+    small_binary_cross_entropy,
+    small_cross_entropy,
+    small_focal_loss,
+    small_softmax_focal_loss,
+)
 from bertloss_fast.reference.sigmoid import Operands
 
 CPU = torch.device("cpu")
@@ -202,6 +207,46 @@ def test_classes_of_a_small_batch_go_straight_to_torch_s_kernel(reduction: str) 
 )
 def test_classes_that_go_the_general_way(x: Tensor, classes: Any) -> None:
     assert small_cross_entropy(x, classes, "mean", "eager") is None
+    assert small_softmax_focal_loss(x, classes, 2.0, "mean", "eager") is None
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_small_focal_loss_of_classes(gamma: float, reduction: str) -> None:
+    x, classes = torch.linspace(-9, 9, 12).view(3, 4).requires_grad_(), torch.tensor([3, 0, 2])
+    exact = x.detach().double().requires_grad_()
+    found = bf.SoftmaxFocalLoss(gamma, reduction=reduction, backend="eager")(x, classes)
+    ce = torch.nn.functional.cross_entropy(exact, classes, reduction="none")
+    true = getattr((1 - torch.exp(-ce)) ** gamma * ce, reduction)()
+    torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, v)[0].double() for y, v in ((found, x), (true, exact))), rtol=1e-6, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("logits", "classes", "loss", "slopes"),
+    [
+        ([0.0, -torch.inf, 0.0], 0, 0.25 * math.log(2), None),
+        ([0.0, -torch.inf, -torch.inf], 0, 0.0, [0.0, 0.0, 0.0]),
+        ([torch.inf, 0.0, 0.0], 0, 0.0, [0.0, 0.0, 0.0]),
+        ([0.0, 3e38, 0.0], 0, 3e38, [-1.0, 1.0, 0.0]),
+        ([7.0], 0, 0.0, [0.0]),
+    ],
+    ids=["a class without a logit", "but one", "a sure one", "a huge one", "one class"],
+)
+def test_the_ends_of_a_small_focal_loss_of_classes(
+    logits: list[float], classes: int, loss: float, slopes: list[float] | None
+) -> None:
+    x = torch.tensor([logits], requires_grad=True)
+    found = bf.softmax_focal_loss(x, torch.tensor([classes]), backend="eager")
+    (grad,) = torch.autograd.grad(found, x)
+    assert found.item() == pytest.approx(loss, rel=1e-6)
+    if slopes is None:
+        assert grad.isfinite().all()
+        assert grad[0, 1] == 0
+    else:
+        torch.testing.assert_close(grad, torch.tensor([slopes]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("loss", [small_binary_cross_entropy, partial(small_focal_loss, alpha=0.25, gamma=2.0)])

@@ -155,6 +155,15 @@ def test_what_is_not(options: dict[str, Any], served: list[bool]) -> None:
     assert not served
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_negative_normalizer_turns_the_loss(case: str, served: list[bool]) -> None:
+    """As anything that divides would; the few passes add up magnitudes."""
+    x, y = batch()
+    call, oracle = calls(case, reduction="sum", normalizer=torch.tensor(-5.0))
+    assert_right(call, lambda *args: oracle(*args) / -5, x, y, y)
+    assert not served
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_with_another_default_dtype(case: str, dtype: torch.dtype, served: list[bool]) -> None:

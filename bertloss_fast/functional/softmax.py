@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops.small import small_cross_entropy
+from ..ops.small import small_cross_entropy, small_softmax_focal_loss
 from ..ops.softmax import softmax_loss
 from ..reference.softmax import Operands, Spec
 from .checks import (
@@ -105,12 +105,9 @@ def cross_entropy(
     check_options(options, RowOptions)
     softcap = 0.0 if logit_softcap is None else check_positive("logit_softcap", logit_softcap)
     z_loss = check_number("z_loss", z_loss, 0)
-    smooth = label_smoothing.__class__ is not float or label_smoothing
     if (
-        not (z_loss or softcap or smooth or return_z_loss)
-        and weight is None
-        and ignore_index.__class__ is int
-        and ignore_index < 0
+        not (z_loss or softcap or return_z_loss)
+        and _are_plain(weight, ignore_index, label_smoothing)
         and are_plain(options)
     ):
         small = small_cross_entropy(input, target, reduction, options.get("backend"))
@@ -184,9 +181,17 @@ def softmax_focal_loss(
     Follows Lin et al., "Focal Loss for Dense Object Detection", 2017 (arXiv:1708.02002).
     """
     check_options(options, ClassOptions)
-    params = (check_number("gamma", gamma, 0),)
+    gamma = check_number("gamma", gamma, 0)
+    if (
+        alpha is None
+        and _are_plain(options.get("weight"), options.get("ignore_index", IGNORED), options.get("label_smoothing", 0.0))
+        and are_plain(options)
+    ):
+        loss = small_softmax_focal_loss(inputs, targets, gamma, reduction, options.get("backend"))
+        if loss is not None:
+            return loss
     check_classes_alone(targets)
-    spec, operands = prepare_classes("focal", params, inputs, targets, reduction, options)
+    spec, operands = prepare_classes("focal", (gamma,), inputs, targets, reduction, options)
     return _compute(spec, times_alpha(alpha, spec, operands), options)
 
 
@@ -314,6 +319,12 @@ def times_alpha(alpha: Tensor | None, spec: Spec, operands: Operands) -> Operand
     if operands.weight is not None:
         alpha = alpha.to(spec.compute_dtype) * operands.weight.to(spec.compute_dtype)
     return operands._replace(weight=alpha)
+
+
+def _are_plain(weight: object, ignore_index: object, label_smoothing: object) -> bool:
+    """Whether they leave the loss of classes as its formula has it, if no class is negative, and are valid."""
+    is_index = ignore_index.__class__ is int and ignore_index < 0  # type: ignore[operator]
+    return weight is None and is_index and label_smoothing.__class__ is float and not label_smoothing
 
 
 def check_classes_alone(targets: Tensor, name: str = "targets") -> None:

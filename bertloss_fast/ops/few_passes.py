@@ -63,8 +63,8 @@ class FewPasses:
         self._of = scratch.of
         self._gamma = spec.params[0] if spec.formula == "focal" else None
         self._of_negative = scale if spec.alpha is None else (1 - spec.alpha) * scale
-        # What a positive's signed weight is beside a negative's, less 1.
-        self._more = -2.0 if spec.alpha is None else -spec.alpha / (1 - spec.alpha) - 1
+        # Of a positive's weight, which is negative, to a negative's.
+        self._ratio_less_1 = -2.0 if spec.alpha is None else -spec.alpha / (1 - spec.alpha) - 1
         self._upstream = 1.0 if upstream is None else upstream
         self._zero = torch.zeros((), dtype=torch.float32, device="cpu")
 
@@ -77,6 +77,7 @@ class FewPasses:
         if (
             not has_few_passes(spec.formula, spec.params, spec.alpha)
             or isinstance(scale, Tensor)
+            or not scale > 0  # a normalizer may be anything, and magnitudes are added up
             or spec.smoothing
             or spec.ignored is not None
             or any(option is not None for option in options)
@@ -91,25 +92,17 @@ class FewPasses:
         """The sum of a block's losses. Losses are written to ``loss`` and slopes to ``grad``, if there is one.
 
         Targets are 0 and 1, or absent if all count as 0; losses that are ``left_out``, counted row after row, are 0.
-        None where a loss is not finite or e to a logit is not: these formulas do not hold, and what they wrote is void.
+        None where a loss is not finite or e to a logit is not: these formulas do not hold there. ``grad`` may hold
+        anything then.
         """
         x = part.inputs
         y = None if part.targets is None else self._in_float("y", part.targets)
         losses, q = self._softplus_and_sigmoid(x, y, precise=self._gamma is not None and x.dtype == torch.float32)
-        place = grad if grad is not None and grad.dtype == q.dtype else q
-        # The focal loss's slope needs gamma times the loss: where there is one, that is what is computed.
-        times = 1.0 if self._gamma is None or grad is None else self._gamma
+        times = 1.0
         if self._gamma is None:
-            losses.mul_(self._of_negative)
-            if grad is not None:
-                self._write(torch.mul(_flip(q, y, q), self._of_negative, out=place), grad)
+            self._cross_entropy(losses, q, y, grad)
         else:
-            factor = self._weight(q, y, self._gamma)
-            self._product(losses, factor, times, losses)
-            if grad is not None:  # factor * (gamma * p * ce + q)
-                self._write(torch.lerp(losses, factor, q, out=place), grad)
-            if y is not None:
-                losses.abs_()
+            times = self._focal(self._gamma, losses, q, y, grad)
         if left_out is not None:
             clear(losses, left_out)
         total = losses.sum()
@@ -118,6 +111,30 @@ class FewPasses:
         if loss is not None:
             loss.copy_(losses if times == 1 else losses / times)
         return total if times == 1 else total / times
+
+    def _cross_entropy(self, losses: Tensor, q: Tensor, y: Tensor | None, grad: Tensor | None) -> None:
+        """In the place of softplus the losses; and their slopes."""
+        losses.mul_(self._of_negative)
+        if grad is not None:
+            self._finish(torch.mul(_flip(q, y, q), self._of_negative, out=_place(grad, q)), grad)
+
+    def _focal(self, gamma: float, losses: Tensor, q: Tensor, y: Tensor | None, grad: Tensor | None) -> float:
+        """Likewise; and what the losses are multiplied by, since the slope needs gamma times the loss."""
+        times = 1.0 if grad is None else gamma
+        factor = self._weight(q, y, gamma)
+        self._product(losses, factor, times, losses)
+        if grad is not None:  # factor * (gamma * p * ce + q)
+            self._finish(torch.lerp(losses, factor, q, out=_place(grad, q)), grad)
+        if y is not None:
+            losses.abs_()  # those of positives have the sign of their slopes
+        return times
+
+    def _finish(self, slope: Tensor, grad: Tensor) -> None:
+        """Slopes, which may be in their place already, times the upstream gradient."""
+        if self._upstream != 1:
+            slope.mul_(self._upstream)
+        if slope is not grad:
+            grad.copy_(slope)
 
     def _in_float(self, slot: Slot, tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float32 else self._of(slot, tensor).copy_(tensor)
@@ -130,6 +147,7 @@ class FewPasses:
         of that: where it is to be ``precise`` it is torch's sigmoid.
         """
         losses, q = self._of("losses", x), self._of("q", x)
+        # Where v is needed once more, the exponential does not overwrite it.
         v = _flip(self._in_float("losses", x), y, q if precise else losses)
         exponential = torch.mul(v, _LOG2_E, out=losses).exp2_()
         if precise:
@@ -139,16 +157,10 @@ class FewPasses:
         return exponential.log1p_(), q
 
     def _weight(self, q: Tensor, y: Tensor | None, gamma: float) -> Tensor:
-        """The class weight times q ** gamma, with the sign that a slope in the logit has beside one in v."""
+        """The class weight times q ** gamma; negative where y is 1, since there v = -x."""
         out = self._of("factor", q)
         factor = torch.mul(q, self._of_negative, out=out) if gamma == 1 else self._product(q, q, self._of_negative, out)
-        return factor if y is None else torch.addcmul(factor, factor, y, value=self._more, out=factor)
-
-    def _write(self, slope: Tensor, grad: Tensor) -> None:
-        if self._upstream != 1:
-            slope.mul_(self._upstream)
-        if slope is not grad:
-            grad.copy_(slope)
+        return factor if y is None else torch.addcmul(factor, factor, y, value=self._ratio_less_1, out=factor)
 
     def _product(self, a: Tensor, b: Tensor, number: float, out: Tensor) -> Tensor:
         """number * a * b in one pass."""
@@ -161,6 +173,11 @@ def clear(values: Tensor, offsets: Tensor) -> None:
     values.index_put_((offsets // width, offsets % width), values.new_zeros(()))  # put_ is called not deterministic
 
 
+def _place(grad: Tensor, like: Tensor) -> Tensor:
+    """Where slopes are computed: at once in the gradient, if it has their dtype."""
+    return grad if grad.dtype == like.dtype else like
+
+
 def _flip(values: Tensor, y: Tensor | None, out: Tensor) -> Tensor:
-    """values where y is 0 and -values where it is 1: exactly, or infinite beyond half of the largest number."""
+    """(1 - 2y) values in ``out``, exactly, or infinite beyond half of the largest number; ``values`` without a y."""
     return values if y is None else torch.addcmul(values, values, y, value=-2, out=out)

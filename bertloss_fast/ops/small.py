@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..reference.formulas import Label, Values, focal, softplus_of
+from ..reference.formulas import Label, Values, focal, power, softplus_of
 from . import dispatch
 from .few_passes import has_few_passes
 
@@ -29,16 +30,26 @@ def small_cross_entropy(inputs: Any, classes: Any, reduction: str, backend: str 
 
     None for all else, whatever is wrong included: the general way takes it, or tells.
     """
-    if not _may_serve(inputs, reduction, backend) or inputs.dim() != 2:
-        return None
-    if classes.__class__ is not Tensor or classes.dtype is not torch.int64 or classes.shape != inputs.shape[:1]:
-        return None
-    if not classes.is_cpu or classes.layout is not torch.strided:
-        return None
-    low, high = classes.aminmax()
-    if low.item() < 0 or high.item() >= inputs.shape[1]:
+    if not _may_serve(inputs, reduction, backend) or not _are_classes(inputs, classes):
         return None
     return F.cross_entropy(inputs, classes, reduction=reduction)
+
+
+def small_softmax_focal_loss(
+    inputs: Any, classes: Any, gamma: float, reduction: str, backend: str | None
+) -> Tensor | None:
+    """The focal loss of classes likewise, in float64, where few operations keep the digits of sure rows.
+
+    None also where a logit that counts is not finite.
+    """
+    if not _may_serve(inputs, reduction, backend) or not _are_classes(inputs, classes):
+        return None
+    logits, at = inputs.double(), classes.unsqueeze(1)
+    u = (logits - logits.gather(1, at)).scatter(1, at, -math.inf).logsumexp(1)  # as in reference/softmax.py
+    if not all(math.isfinite(end.item()) for end in u.aminmax()):
+        return None
+    losses = softplus_of(u) * power(torch.sigmoid(u), gamma, lambda: -softplus_of(-u))
+    return _reduced(losses, reduction).float()
 
 
 def small_binary_cross_entropy(inputs: Any, targets: Any, reduction: str, backend: str | None) -> Tensor | None:
@@ -69,6 +80,16 @@ def small_focal_loss(
     losses, _ = focal(sign * inputs, label, Values(None, None, None), weight, gamma, slope=False)
     loss = _reduced(losses, reduction)
     return loss if loss.item() < _LARGE else None
+
+
+def _are_classes(inputs: Tensor, classes: Any) -> bool:
+    """Whether they are a class for each row of a matrix."""
+    if inputs.dim() != 2 or classes.__class__ is not Tensor or classes.dtype is not torch.int64:
+        return False
+    if classes.shape != inputs.shape[:1] or not classes.is_cpu or classes.layout is not torch.strided:
+        return False
+    low, high = classes.aminmax()
+    return bool(low.item() >= 0 and high.item() < inputs.shape[1])
 
 
 def _sign_of_hard(inputs: Tensor, targets: Any) -> Tensor | None:

@@ -71,11 +71,11 @@ def poly(
     ce, q = _cross_entropy(v, of.softplus(), label), of.sigmoid()
     if label.soft is None:
         m = q
-        modulation = _power(q, gamma, lambda: -of.softplus_of_minus())
+        modulation = power(q, gamma, lambda: -of.softplus_of_minus())
     else:
         p, distance = of.sigmoid_of_minus(), label.soft.distance
         m = (q + distance * (p - q)).clamp_min(torch.finfo(v.dtype).tiny)
-        modulation = _power(m, gamma, lambda: m.log())
+        modulation = power(m, gamma, lambda: m.log())
     modulation = weighted(modulation, factor)
     loss = modulation * (ce + epsilon * m if epsilon else ce)
     if not slope:
@@ -97,7 +97,7 @@ def _focal_by_lerp(of: _Torchs | _OfOneExponential, factor: Factor, gamma: float
     In the slope p is 1 - q, which is off by up to gamma * ln(1 / p) / 2 units in q's last place.
     """
     q = of.sigmoid()
-    modulation = weighted(_power(q, gamma, lambda: -of.softplus_of_minus()), factor)
+    modulation = weighted(power(q, gamma, lambda: -of.softplus_of_minus()), factor)
     loss = of.softplus().mul_(modulation)
     # Where the loss is infinite, or infinity times a weight of 0, p is 0.
     limit = torch.finfo(q.dtype).max
@@ -290,7 +290,7 @@ def _cross_entropy_slope(q: Tensor, label: Label) -> Tensor:
     return weighted(q, label.share) if label.soft is None else label.soft.whole * q - label.soft.rejected
 
 
-def _power(base: Tensor, exponent: float, log_base: Callable[[], Tensor]) -> Tensor:
+def power(base: Tensor, exponent: float, log_base: Callable[[], Tensor]) -> Tensor:
     """base ** exponent by products for small integers, so that 0 ** 0 is 1 and no derivative divides by a zero base."""
     if exponent == 0:
         return torch.ones_like(base)
