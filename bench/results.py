@@ -42,8 +42,9 @@ class Results:
             "claims": self.claims,
             "rows": [row.to_json() for row in self.rows],
         }
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        return path
+        new = path.with_suffix(".part")  # a run that is killed meanwhile leaves what was there
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return new.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -21,6 +21,7 @@ from .single import run_again, run_case
 _BUDGET = 1.0
 _QUICK_BUDGET = 0.7
 _MINUTES = {"cpu": 9.5, "cuda": 7.5}
+_INTERRUPTED = 130  # a shell's status of what Ctrl-C has ended
 # Which memory a process got, what its code lies beside in the caches, and who else uses the host at the time can cost
 # it a third of its speed throughout: on a CPU these suites are timed in two, minutes apart.
 _TIMED_TWICE = ("sigmoid", "softmax", "small", "listwise")
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _announce(run, chosen, device, left_out)
     folder = args.out or (RESULTS if args.suite == "all" and not args.quick and not left_out else None)
     end = time.monotonic() + 60 * (_MINUTES[device.type] if args.minutes is None else args.minutes)
-    measure_all(run, chosen, device, left_out, end, folder)
+    try:
+        measure_all(run, chosen, device, left_out, end, folder)
+    except KeyboardInterrupt:
+        print("stopped" if folder is None else f"stopped; what is measured is in {run.save(folder)}")
+        return _INTERRUPTED
 
     verdicts = (claim.verdict(run.rows) for claim in families.claims(device))
     run.claims = [verdict for verdict in verdicts if verdict is not None]
@@ -174,4 +179,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {args.out}")
     return args

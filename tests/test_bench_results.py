@@ -1,4 +1,4 @@
-"""What the bench makes of its measurements: files that can be read again, tables, charts, claims, and comparisons."""
+"""What the bench makes of its measurements: files that can be read again, tables, charts and claims."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import CLASSES, CPU, MEMORY, SPARSE_MEMORY, TIME, run_of
 
 from bench import __main__ as command
 from bench import (
@@ -26,17 +27,10 @@ from bench import (
     run,
     single,
 )
-from bench.cases import ALONE, EVERYONE, Case, Quartiles, Row
+from bench.cases import ALONE, EVERYONE, Case, Row
 from bench.claims import Claim
-from bench.compare import compare
 from bench.measure import COPY, measure_again, measure_time
 from bench.results import Results
-
-CPU = torch.device("cpu")
-TIME = Case("sigmoid", "focal", (3, 50), torch.float32, torch.uint8, upstream=0.5)
-CLASSES = Case("softmax", "softmax focal", (30, 7), torch.float32, torch.int64, upstream=0.5, targets="classes")
-MEMORY = Case("memory", "bce", (64, 1000), torch.float32, torch.float32)
-SPARSE_MEMORY = Case("memory", "focal", (64, 1000), torch.float32, None, labels_per_row=5)
 
 
 def test_a_run_ends_in_time_with_what_it_did_not_reach_named(capsys):
@@ -58,7 +52,7 @@ def processes(monkeypatch):
     def rows_of(case, visit):
         visits.append((case.loss, visit))
         clock[0] += 2 if case.loss == "focal" else 1
-        return _run_of(case, **(quick if (case.loss == "focal") == (visit == 2) else slow)).rows
+        return run_of(case, **(quick if (case.loss == "focal") == (visit == 2) else slow)).rows
 
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(run, "_estimate", lambda *others: 0)
@@ -102,6 +96,27 @@ def test_a_second_process_that_ends_leaves_what_the_first_measured(processes, mo
     assert processes() == (FIRST, ["slow", "quick"])
 
 
+def test_a_run_that_is_interrupted_says_where_its_figures_are(monkeypatch, tmp_path, capsys):
+    def stop(case, *others):
+        if case.loss != "focal":
+            raise KeyboardInterrupt
+        return run_of(case, eager=1.0).rows
+
+    monkeypatch.setattr(run, "run_case", stop)
+    assert command.main(["--device", "cpu", "--suite", "small", "--out", str(tmp_path)]) == 130
+    (path,) = tmp_path.iterdir()
+    assert str(path) in capsys.readouterr().out
+    assert [row.seconds.median for row in Results.load(path).rows] == [1.0]
+
+
+def test_results_go_to_a_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as raised:
+        command.main(["--out", str(tmp_path / "file")])
+    assert raised.value.code == 2
+    assert "--out: expected a folder, got the file" in capsys.readouterr().err
+
+
 def test_what_is_timed_again_is_what_was():
     case = replace(TIME, kinds=ALONE)
     rows = measure_time(case, families.providers(case), bench_sigmoid.oracle, CPU, budget=0.0)
@@ -125,100 +140,9 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
         command.main(["--peers", "nobody"])
 
 
-def _run_of(case, **medians):
-    rows = [
-        Row(case, name, name, name == "eager", seconds=Quartiles(0.98 * t, t, 1.02 * t)) for name, t in medians.items()
-    ]
-    return Results({"name": "a CPU", "date": "2000-01-01"}, rows)
-
-
-@pytest.mark.parametrize(
-    ("medians", "changes"),
-    [
-        ({"eager": 1.0, "pytorch": 3.0, COPY: 0.1}, []),
-        ({"eager": 1.5, "pytorch": 3.0, COPY: 0.1}, ["1.50 times the time"]),
-        ({"eager": 1.5, "pytorch": 4.5, COPY: 0.15}, []),
-        ({"eager": 1.0, "pytorch": 4.5, COPY: 0.1}, []),
-        ({"eager": 3.0, "pytorch": 4.5, COPY: 0.15}, ["3.00 times the time, where its peers take 1.50 times theirs"]),
-        ({"eager": 0.5, "pytorch": 3.0, COPY: 0.1}, []),
-    ],
-    ids=["the same", "ours slower", "the machine slower", "a peer slower", "both", "ours faster"],
-)
-def test_what_became_slower_is_told_from_a_slower_machine(medians, changes):
-    old = _run_of(TIME, **{"eager": 1.0, "pytorch": 3.0, COPY: 0.1})
-    assert [change.what for change in compare(old, _run_of(TIME, **medians))] == changes
-
-
-@pytest.mark.parametrize(("noisy", "changes"), [(4, []), (0, ["1.50 times the time"])])
-def test_what_the_peers_move_by_is_the_spread(noisy, changes):
-    """The code of 96 peers is what it was, and so many of them take twice as long in the second run."""
-    old, new = _run_of(TIME, eager=1.0).rows, _run_of(TIME, eager=1.5).rows
-    for number in range(32):
-        case, steady = replace(TIME, shape=(number + 1, 50)), {"timm": 1.0, COPY: 0.1}
-        old += _run_of(case, pytorch=1.0, **steady).rows
-        new += _run_of(case, pytorch=2.0 if number < noisy else 1.0, **steady).rows
-    assert [change.what for change in compare(Results({}, old), Results({}, new))] == changes
-
-
-def test_a_median_alone_does_not_tell():
-    old, new = _run_of(TIME, eager=1.0), _run_of(TIME, eager=1.0)
-    old.rows[0].seconds, new.rows[0].seconds = Quartiles(1.0, 1.0, 1.1), Quartiles(1.2, 1.6, 1.7)
-    assert compare(old, new) == []
-    new.rows[0].seconds = Quartiles(1.5, 1.6, 1.7)
-    assert [change.what for change in compare(old, new)] == ["1.50 times the time"]
-
-
-def test_times_that_malloc_decides_are_not_compared():
-    kept = replace(TIME, pages="kept")
-    old, new = _run_of(TIME, eager=1.0, pytorch=1.0), _run_of(TIME, eager=3.0, pytorch=1.0)
-    assert len(compare(old, new)) == 1
-    steady = _run_of(kept, eager=1.0, pytorch=1.0).rows
-    old.rows += steady
-    new.rows += steady
-    assert compare(old, new) == []
-    slower = _run_of(kept, eager=3.0, pytorch=1.0).rows
-    assert [change.title for change in compare(old, replace(new, rows=[*new.rows[:2], *slower]))] == [kept.title]
-
-
-def test_the_command_compares_two_files(tmp_path, capsys):
-    files = []
-    for number, time in enumerate((1.0, 1.0, 1.5)):
-        results = _run_of(TIME, **{"eager": time, "pytorch": 3.0, COPY: 0.1})
-        results.rows.append(Row(MEMORY, "eager", "eager", True, peak_bytes=10 << 20))
-        results.environment["name"] = f"run {number}"
-        files.append(str(results.save(tmp_path)))
-    assert command.main(["compare", *files[:2]]) == 0
-    shown = capsys.readouterr().out
-    assert "2 figures of ours in both, 0 in one alone." in shown
-    assert "The runs differ in name: run 0 and run 1." in shown
-    assert command.main(["compare", files[0], files[2]]) == 1
-    assert "1.50 times the time" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file"),
-        ("", "expected a file that python -m bench has written"),
-        ("[]", "expected a file that python -m bench has written"),
-        ('{"environment": {}, "rows": [{}], "claims": []}', "expected a file that python -m bench has written"),
-        ('{"environment": {}, "rows": [], "claims": []}', "expected two runs of the same cases"),
-    ],
-)
-def test_files_that_tell_nothing_are_no_comparison(content, message, tmp_path, capsys):
-    run = str(_run_of(TIME, eager=1.0).save(tmp_path))
-    other = tmp_path / "other.json"
-    if content is not None:
-        other.write_text(content)
-    with pytest.raises(SystemExit) as ended:
-        command.main(["compare", run, str(other)])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("median", [0.0, math.nan])
 def test_a_row_has_times_above_0(median):
-    row = _run_of(TIME, eager=1.0).rows[0].to_json() | {"seconds": (1.0, median, 1.0)}
+    row = run_of(TIME, eager=1.0).rows[0].to_json() | {"seconds": (1.0, median, 1.0)}
     with pytest.raises(ValueError, match="seconds of eager: expected finite numbers above 0"):
         Row.from_json(row)
 
@@ -228,21 +152,6 @@ def test_minutes_that_leave_no_time(minutes, capsys):
     with pytest.raises(SystemExit):
         command.main(["--suite", "small", "--minutes", minutes])
     assert "--minutes" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changed", "what"),
-    [
-        ({"peak_bytes": 20 << 20}, "10.0 MiB more at the peak"),
-        ({"peak_bytes": 11 << 20}, None),
-        ({"status": "wrong", "note": "loss is off", "peak_bytes": None}, "wrong: loss is off"),
-        ({"status": "skipped", "note": "no time", "peak_bytes": None}, None),
-    ],
-)
-def test_what_became_larger_or_wrong(changed, what):
-    row = Row(MEMORY, "eager", "eager", True, peak_bytes=10 << 20)
-    found = compare(Results({}, [row]), Results({}, [replace(row, **changed)]))
-    assert [change.what for change in found] == ([what] if what else [])
 
 
 def test_a_claim_on_memory_counts_what_comes_on_top_of_the_gradient():
@@ -351,7 +260,7 @@ def test_every_provider_has_a_colour():
 
 def test_a_line_of_time_against_size_takes_three_sizes(tmp_path):
     cases = [replace(TIME, shape=(4, labels), upstream=1.0) for labels in (50, 500, 5000)]
-    runs = [_run_of(case, **{"eager": 1.0, "pytorch": 3.0, COPY: 0.1}) for case in cases]
+    runs = [run_of(case, **{"eager": 1.0, "pytorch": 3.0, COPY: 0.1}) for case in cases]
     two, three = (replace(runs[0], rows=[row for part in runs[:count] for row in part.rows]) for count in (2, 3))
     bandwidth, size = (tmp_path / f"a-cpu-2000-01-01-{name}.png" for name in ("bandwidth", "size"))
     assert charts.draw(two, tmp_path) == [bandwidth]
