@@ -57,11 +57,14 @@ def check_options(options: RowOptions, known: type) -> None:
         raise TypeError(f"{unknown}: expected no such argument; the options are {', '.join(names)}")
 
 
-def are_plain(options: RowOptions) -> bool:
-    """Whether they leave the loss as its formula has it, and are valid but for the backend."""
+def are_plain(options: ClassOptions) -> bool:
+    """Whether they leave the loss as its formula has it, if no class is negative, and are valid but for the backend."""
     if options.get("sample_weight") is not None or options.get("normalizer") is not None:
         return False
-    return isinstance(options.get("upstream_memory"), UpstreamMemory | None)
+    if options.get("weight") is not None or not isinstance(options.get("upstream_memory"), UpstreamMemory | None):
+        return False
+    ignored, smoothing = options.get("ignore_index", IGNORED), options.get("label_smoothing", 0.0)
+    return ignored.__class__ is int and ignored < 0 and smoothing.__class__ is float and not smoothing
 
 
 def prepare_rows(

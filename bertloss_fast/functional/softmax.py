@@ -105,22 +105,23 @@ def cross_entropy(
     check_options(options, RowOptions)
     softcap = 0.0 if logit_softcap is None else check_positive("logit_softcap", logit_softcap)
     z_loss = check_number("z_loss", z_loss, 0)
-    if (
-        not (z_loss or softcap or return_z_loss)
-        and _are_plain(weight, ignore_index, label_smoothing)
-        and are_plain(options)
-    ):
+    of_classes: ClassOptions = {
+        **options,
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    if not (z_loss or softcap or return_z_loss) and are_plain(of_classes):
         small = small_cross_entropy(input, target, reduction, options.get("backend"))
         if small is not None:
             return small
-    of_classes: ClassOptions = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     spec, operands = prepare_classes(
         "cross_entropy",
         (),
         input,
         target,
         reduction,
-        {**options, **of_classes},
+        of_classes,
         names=("input", "target"),
         as_torch=True,
         softcap=softcap,
@@ -182,11 +183,7 @@ def softmax_focal_loss(
     """
     check_options(options, ClassOptions)
     gamma = check_number("gamma", gamma, 0)
-    if (
-        alpha is None
-        and _are_plain(options.get("weight"), options.get("ignore_index", IGNORED), options.get("label_smoothing", 0.0))
-        and are_plain(options)
-    ):
+    if alpha is None and are_plain(options):
         loss = small_softmax_focal_loss(inputs, targets, gamma, reduction, options.get("backend"))
         if loss is not None:
             return loss
@@ -319,12 +316,6 @@ def times_alpha(alpha: Tensor | None, spec: Spec, operands: Operands) -> Operand
     if operands.weight is not None:
         alpha = alpha.to(spec.compute_dtype) * operands.weight.to(spec.compute_dtype)
     return operands._replace(weight=alpha)
-
-
-def _are_plain(weight: object, ignore_index: object, label_smoothing: object) -> bool:
-    """Whether they leave the loss of classes as its formula has it, if no class is negative, and are valid."""
-    is_index = ignore_index.__class__ is int and ignore_index < 0  # type: ignore[operator]
-    return weight is None and is_index and label_smoothing.__class__ is float and not label_smoothing
 
 
 def check_classes_alone(targets: Tensor, name: str = "targets") -> None:
