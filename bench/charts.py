@@ -165,6 +165,9 @@ def _plain_numbers(axis: Axes) -> None:
     axis.tick_params(which="minor", labelsize=7)
 
 
+_LEGEND_INCHES = 1.7  # of the longest name
+
+
 def _legend(figure: Figure, rows: Iterable[Row]) -> None:
     from matplotlib.lines import Line2D
 
@@ -174,7 +177,8 @@ def _legend(figure: Figure, rows: Iterable[Row]) -> None:
         for provider, (color, marker) in _STYLES.items()
         if provider in present
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
+    columns = min(6, len(handles), int(figure.get_figwidth() / _LEGEND_INCHES))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _label(provider: str) -> str:
